@@ -1,0 +1,49 @@
+"""Optimizers and measurements for normalised networks in JAX.
+
+Weights followed by a normalisation layer do not change the network when they are scaled, so what
+training really does happens on the unit sphere of each filter. See `Sphere` for how to say which
+parameters live on spheres, `adamsrt` and its siblings for optimizers, `ema`, `rms` and the other
+building blocks to make your own.
+"""
+
+from importlib.metadata import version
+
+from spherical_optax import geometry
+from spherical_optax._constraints import normalize, project, retract
+from spherical_optax._moments import ema, quotient, rms, trace
+from spherical_optax._optimizers import (
+    VARIANTS,
+    adam,
+    adamg,
+    adamg_star,
+    adams,
+    adamsrt,
+    adamst,
+    sgd,
+    sgd_mrt,
+)
+from spherical_optax._spheres import Sphere, spheres_where
+
+__version__ = version("spherical_optax")
+
+__all__ = [
+    "VARIANTS",
+    "Sphere",
+    "adam",
+    "adamg",
+    "adamg_star",
+    "adams",
+    "adamsrt",
+    "adamst",
+    "ema",
+    "geometry",
+    "normalize",
+    "project",
+    "quotient",
+    "retract",
+    "rms",
+    "sgd",
+    "sgd_mrt",
+    "spheres_where",
+    "trace",
+]

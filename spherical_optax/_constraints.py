@@ -1,0 +1,143 @@
+"""Transformations that keep updates, or the point after them, where the spheres are."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import geometry
+from spherical_optax._moments import given, zero_per_group
+from spherical_optax._spheres import Spheres, match
+
+
+def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
+    """Removes the radial part of the updates: q_perp = q - <q, u> u on every sphere.
+
+    Args:
+      spheres: how the leaves split into groups.
+
+    Returns:
+      A stateless `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of
+      one coordinate and where the parameters are zero, updates stay.
+
+    Raises:
+      ValueError: in `update`, if `spheres` does not fit or `params` is missing.
+
+    >>> tx = so.project(so.Sphere())
+    >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
+    >>> updates = {"kernel": jnp.array([[5.0], [7.0]])}
+    >>> tx.update(updates, tx.init(params), params)[0]
+    {'kernel': Array([[0.],
+           [7.]], dtype=float32)}
+
+    Source: section 2.1 of the paper.
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        groups = match(spheres, updates).curved()
+        return geometry.project(given(params), updates, groups), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
+    """Scales the updates of each sphere to the length of its radius: q <- r q / ||q||.
+
+    Followed by a learning rate, every group then moves by the same fraction of its radius.
+
+    Args:
+      spheres: how the leaves split into groups.
+
+    Returns:
+      A stateless `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of
+      one coordinate, and where the parameters or the updates are zero, updates stay.
+
+    Raises:
+      ValueError: in `update`, if `spheres` does not fit or `params` is missing.
+
+    >>> tx = so.normalize(so.Sphere())
+    >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
+    >>> updates = {"kernel": jnp.array([[30.0], [40.0]])}
+    >>> tx.update(updates, tx.init(params), params)[0]
+    {'kernel': Array([[1.2],
+           [1.6]], dtype=float32)}
+
+    Source: the update of "hyperball" optimizers, r q / ||q||.
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        groups = match(spheres, updates).curved()
+        factor = groups.scalars(
+            lambda r, q: jnp.where(r > 0, geometry.ratio(r, q), 1.0),
+            geometry.norm(given(params), groups),
+            geometry.norm(updates, groups),
+        )
+        return geometry.scale(updates, factor, groups), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+class RetractState(NamedTuple):
+    """State of `retract` with radius "initial"."""
+
+    radius: optax.Updates
+
+
+def retract(
+    spheres: Spheres, radius: jax.typing.ArrayLike | Literal["current", "initial"] = "current"
+) -> optax.GradientTransformationExtraArgs:
+    """Changes the updates so that the point after `apply_updates` has the wanted radius.
+
+    x + q <- R (x + q) / ||x + q||, so it belongs at the end of a chain, after the learning rate.
+
+    Args:
+      spheres: how the leaves split into groups.
+      radius: R. "current" keeps whatever the radius is before the step; "initial" the radius at the
+        first step, kept in the state, which does not drift in low precision; or a number.
+
+    Returns:
+      A `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of one
+      coordinate, and where x, x + q or R is zero, updates stay.
+
+    Raises:
+      ValueError: if `radius` is another string, in `update` if `spheres` does not fit or `params` is
+        missing.
+
+    >>> tx = optax.chain(optax.sgd(1.0), so.retract(so.Sphere(), 1.0))
+    >>> params = {"kernel": jnp.array([[1.0], [0.0]])}
+    >>> updates, _ = tx.update({"kernel": jnp.array([[0.4], [-0.8]])}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)
+    {'kernel': Array([[0.6],
+           [0.8]], dtype=float32)}
+
+    Source: the second line of AdamG*, section 3.2 of the paper.
+    """
+    if isinstance(radius, str) and radius not in ("current", "initial"):
+        raise ValueError(f"retract: radius is {radius!r}, not 'current', 'initial' or a number")
+    keep = isinstance(radius, str) and radius == "initial"
+
+    def init(params):
+        if not keep:
+            return optax.EmptyState()
+        return RetractState(zero_per_group(params, match(spheres, params).curved()))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        groups = match(spheres, updates).curved()
+        wanted: Any = None if isinstance(radius, str) else radius
+        if keep:
+            # A group's first radius that is not zero: zero-initialised filters keep theirs too.
+            wanted = groups.scalars(
+                lambda kept, now: jnp.where(kept > 0, kept, now),
+                state.radius,
+                geometry.norm(given(params), groups),
+            )
+            state = RetractState(groups.stored(wanted))
+        target = geometry.retract(given(params), updates, groups, wanted)
+        updates = groups.map(lambda q, x, y: y - x, updates, params, target)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)

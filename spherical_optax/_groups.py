@@ -1,0 +1,151 @@
+"""Arithmetic within groups: sums over axes, blocks and ties, and their way back to the arrays."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """How one parameter array splits into groups."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]  # the index axes, counted from the front
+    counts: tuple[int, ...]  # groups along each; fewer than entries on the last: contiguous blocks
+    size: int  # coordinates of a group, d
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.axes)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        x = jnp.sum(x, axis=self.summed, keepdims=True)
+        if not self.axes or x.shape[self.axes[-1]] == self.counts[-1]:
+            return x
+        axis, blocks = self.axes[-1], self.counts[-1]
+        split = (*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
+        return jnp.sum(_replicated(x).reshape(split), axis=axis + 1)
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Makes what has one entry per group broadcast against the array."""
+        if not self.axes or x.shape[self.axes[-1]] == self.shape[self.axes[-1]]:
+            return x
+        axis = self.axes[-1]
+        return jnp.repeat(_replicated(x), self.shape[axis] // x.shape[axis], axis=axis)
+
+    def listed(self, x: jax.Array) -> jax.Array:
+        """From the keepdims shape to `counts`, which tied leaves have in common."""
+        order = sorted(self.axes)
+        return jnp.transpose(jnp.squeeze(x, self.summed), [order.index(a) for a in self.axes])
+
+    def unlisted(self, x: jax.Array) -> jax.Array:
+        return jnp.expand_dims(
+            jnp.transpose(x, [self.axes.index(a) for a in sorted(self.axes)]), self.summed
+        )
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """Group-sized arrays are small: where shardings are explicit, cutting blocks replicates them."""
+    mesh = jax.typeof(x).sharding.mesh
+    return x if mesh.empty or not mesh.explicit_axes else jax.reshard(x, PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Spheres matched with the leaves of a tree: what all other modules compute with.
+
+    Trees of one number per group ("group-sized") have the parameters' structure, keepdims shapes, and
+    None on the leaves off the spheres.
+    """
+
+    treedef: Any
+    leaves: list[Leaf | None]
+    ties: list[list[int]]  # the indices of the leaves that form their spheres together
+
+    def curved(self) -> "Groups":
+        """Without the groups of one coordinate: they have no tangent space, so they go element-wise."""
+        leaves = [None if leaf is None or leaf.size < 2 else leaf for leaf in self.leaves]
+        return Groups(self.treedef, leaves, [t for t in self.ties if leaves[t[0]] is not None])
+
+    def _columns(self, trees: Sequence[Any]):
+        return zip(self.leaves, *(self.treedef.flatten_up_to(tree) for tree in trees), strict=True)
+
+    def _unflatten(self, leaves: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def sum(
+        self,
+        f: Callable[..., jax.Array],
+        *trees: Any,
+        mean: bool = False,
+        off: Callable[..., Any] = lambda *_: None,
+    ) -> Any:
+        """Group-sized sum (or mean) of f(*leaves), in at least float32; `off` of the other leaves."""
+
+        def one(leaf: Leaf | None, x: Any, *others: Any) -> Any:
+            if leaf is None:
+                return None if x is None else off(x, *others)
+            return leaf.sum(f(*map(accurate, (x, *others))))
+
+        sums = [one(*column) for column in self._columns(trees)]
+        for tie in self.ties:
+            tied = [(i, leaf) for i in tie if (leaf := self.leaves[i]) is not None]
+            parts = [leaf.listed(sums[i]) for i, leaf in tied]
+            widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+            total = functools.reduce(operator.add, (part.astype(widest) for part in parts))
+            for (i, leaf), part in zip(tied, parts, strict=True):
+                sums[i] = leaf.unlisted(total).astype(part.dtype)
+        if mean:
+            sums = [
+                s if leaf is None else s / leaf.size
+                for leaf, s in zip(self.leaves, sums, strict=True)
+            ]
+        return self._unflatten(sums)
+
+    def map(
+        self,
+        f: Callable[..., jax.Array],
+        tree: Any,
+        *rest: Any,
+        off: Callable[..., jax.Array] = lambda x, *_: x,
+    ) -> Any:
+        """f over the leaves on spheres, in at least float32, and `off` over the others.
+
+        `rest` are trees shaped like `tree` or group-sized. Leaves come back in the dtype of `tree`.
+        """
+
+        def one(leaf: Leaf | None, x: Any, *others: Any) -> Any:
+            if x is None:
+                return None
+            if leaf is None:
+                return off(x, *others)
+            return f(accurate(x), *(leaf.spread(accurate(y)) for y in others)).astype(x.dtype)
+
+        return self._unflatten([one(*column) for column in self._columns((tree, *rest))])
+
+    def scalars(
+        self, f: Callable[..., Any], *trees: Any, off: Callable[..., Any] = lambda *_: None
+    ) -> Any:
+        """f of group-sized trees, `off` of what they hold off the spheres."""
+        columns = self._columns(trees)
+        return self._unflatten([(off if leaf is None else f)(*xs) for leaf, *xs in columns])
+
+    def stored(self, scalars: Any) -> Any:
+        """A group-sized tree as optimizer state: a zero off the spheres keeps the tree's structure."""
+        return self.scalars(lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32))
+
+    def off(self) -> Any:
+        """True on the leaves off the spheres: a mask for `optax.masked`."""
+        return self._unflatten([leaf is None for leaf in self.leaves])
+
+
+def accurate(x: Any) -> jax.Array:
+    """In at least float32: what every reduction of the package accumulates in."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
