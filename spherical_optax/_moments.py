@@ -22,14 +22,14 @@ class EmaState(NamedTuple):
 
     count: jax.typing.ArrayLike  # steps taken, int32
     ema: optax.Updates
-    length: optax.Updates | None  # per group, what `_carry` restores lengths from
+    kept: optax.Updates | None  # per group: <m, u> (transport alone) or r (rescale alone)
 
 
 class TraceState(NamedTuple):
     """State of `trace`."""
 
     trace: optax.Updates
-    length: optax.Updates | None
+    kept: optax.Updates | None
 
 
 class RmsState(NamedTuple):
@@ -99,11 +99,11 @@ def ema(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        mu, length = momentum.update(updates, state.ema, state.length, params)
+        mu, kept = momentum.update(updates, state.ema, state.kept, params)
         count = optax.safe_increment(state.count)
         out = _output(updates, mu)
         out = optax.tree.bias_correction(out, decay, count) if debias else out
-        return _cast_like(out, params), EmaState(count, _cast_like(mu, state.ema), length)
+        return _cast_like(out, params), EmaState(count, _cast_like(mu, state.ema), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -152,9 +152,9 @@ def trace(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        sums, length = momentum.update(updates, state.trace, state.length, params)
+        sums, kept = momentum.update(updates, state.trace, state.kept, params)
         out = _cast_like(_output(updates, sums), params)
-        return out, TraceState(_cast_like(sums, state.trace), length)
+        return out, TraceState(_cast_like(sums, state.trace), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -173,24 +173,57 @@ class _Momentum:
         groups = match(self.spheres, params).curved()
         return zero_per_group(params, groups) if self.transport != self.rescale else None
 
-    def update(self, updates: Any, moment: Any, length: Any, params: Any) -> tuple[Any, Any]:
+    def update(self, updates: Any, moment: Any, kept: Any, params: Any) -> tuple[Any, Any]:
         groups = match(self.spheres, updates).curved()
         if self.transport or self.rescale:
-            moment = self._carry(moment, length, given(params), groups)
-        moment = _mix(updates, moment, self.decay, self.gain)
-        if self.transport == self.rescale:
-            return moment, None
-        # Restored at the next step: the length of the tangential part, or the radius to take a ratio of.
-        now = geometry.project(params, moment, groups) if self.transport else params
-        return moment, groups.stored(geometry.norm(now, groups))
-
-    def _carry(self, moment: Any, length: Any, params: Any, groups: Groups) -> Any:
-        if self.transport:
+            params = given(params)
+        if self.transport and self.rescale:
             moment = geometry.project(params, moment, groups)
-        if self.transport != self.rescale:
-            now = geometry.norm(moment if self.transport else params, groups)
-            moment = geometry.scale(moment, _ratio(length, now, groups), groups)
-        return moment
+        elif self.transport:
+            radial = _radial(updates, params, groups)
+            restored = self._isometry(moment, kept, radial, params, groups)
+            moment = geometry.scale(geometry.project(params, moment, groups), restored, groups)
+            # The projection is tangential: only the new term brings a radial part.
+            kept = groups.scalars(lambda q: _scalar(self.gain, q.dtype) * q, radial)
+        elif self.rescale:
+            radius = geometry.norm(params, groups)
+            moment = geometry.scale(moment, _ratio(kept, radius, groups), groups)
+            kept = radius
+        kept = None if self.transport == self.rescale else groups.stored(kept)
+        return _mix(updates, moment, self.decay, self.gain), kept
+
+    def _isometry(self, moment: Any, before: Any, coming: Any, params: Any, groups: Groups) -> Any:
+        """What gives the projection of m the length of its tangential part at the last point.
+
+        Both lengths follow from ||m||^2 and the radial part of m, `before` and now. Where m is radial
+        to working precision they do not, and the length is left alone.
+        """
+
+        def factor(mm, before, now, xx, coming):
+            old, new = mm - before * before, mm - now * now
+            tiny = 100 * jnp.finfo(mm.dtype).eps * mm
+            # `coming` only has to be known: a sum over the parameters that nothing waited for would
+            # make XLA copy them all before it overwrites them.
+            there = (old > tiny) & (new > tiny) & (xx > 0) & jnp.isfinite(coming)
+            return jnp.sqrt(jnp.where(there, old, 1.0) / jnp.where(there, new, 1.0))
+
+        return groups.scalars(
+            factor,
+            geometry.dot(moment, moment, groups),
+            before,
+            _radial(moment, params, groups),
+            geometry.dot(params, params, groups),
+            coming,
+        )
+
+
+def _radial(vectors: Any, params: Any, groups: Groups) -> Any:
+    """<q, u> of each group."""
+    return groups.scalars(
+        lambda qx, r: geometry.ratio(qx, r, otherwise=0.0),
+        geometry.dot(vectors, params, groups),
+        geometry.norm(params, groups),
+    )
 
 
 def rms(
