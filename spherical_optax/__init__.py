@@ -9,19 +9,20 @@ building blocks to make your own.
 from importlib.metadata import version
 
 from spherical_optax import geometry
+from spherical_optax._adamg_star import adamg_star
 from spherical_optax._constraints import normalize, project, retract
-from spherical_optax._moments import ema, quotient, rms, trace
+from spherical_optax._momentum import ema, trace
 from spherical_optax._optimizers import (
     VARIANTS,
     adam,
     adamg,
-    adamg_star,
     adams,
     adamsrt,
     adamst,
     sgd,
     sgd_mrt,
 )
+from spherical_optax._quotient import quotient, rms
 from spherical_optax._spheres import Sphere, spheres_where
 
 __version__ = version("spherical_optax")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._moments import given, zero_per_group
+from spherical_optax._arithmetic import given
 from spherical_optax._spheres import Spheres, match
 
 
@@ -122,7 +122,7 @@ def retract(
     def init(params):
         if not keep:
             return optax.EmptyState()
-        return RetractState(zero_per_group(params, match(spheres, params).curved()))
+        return RetractState(geometry.zero_norm(params, match(spheres, params).curved()))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -79,21 +79,12 @@ class Groups:
     def _unflatten(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def sum(
-        self,
-        f: Callable[..., jax.Array],
-        *trees: Any,
-        mean: bool = False,
-        off: Callable[..., Any] = lambda *_: None,
-    ) -> Any:
-        """Group-sized sum (or mean) of f(*leaves), in at least float32; `off` of the other leaves."""
-
-        def one(leaf: Leaf | None, x: Any, *others: Any) -> Any:
-            if leaf is None:
-                return None if x is None else off(x, *others)
-            return leaf.sum(f(*map(accurate, (x, *others))))
-
-        sums = [one(*column) for column in self._columns(trees)]
+    def sum(self, f: Callable[..., jax.Array], *trees: Any) -> Any:
+        """Group-sized sum of f(*leaves) over each group, in at least float32."""
+        sums = [
+            None if leaf is None else leaf.sum(f(*map(accurate, arrays)))
+            for leaf, *arrays in self._columns(trees)
+        ]
         for tie in self.ties:
             tied = [(i, leaf) for i in tie if (leaf := self.leaves[i]) is not None]
             parts = [leaf.listed(sums[i]) for i, leaf in tied]
@@ -101,11 +92,6 @@ class Groups:
             total = functools.reduce(operator.add, (part.astype(widest) for part in parts))
             for (i, leaf), part in zip(tied, parts, strict=True):
                 sums[i] = leaf.unlisted(total).astype(part.dtype)
-        if mean:
-            sums = [
-                s if leaf is None else s / leaf.size
-                for leaf, s in zip(self.leaves, sums, strict=True)
-            ]
         return self._unflatten(sums)
 
     def map(
@@ -135,6 +121,16 @@ class Groups:
         """f of group-sized trees, `off` of what they hold off the spheres."""
         columns = self._columns(trees)
         return self._unflatten([(off if leaf is None else f)(*xs) for leaf, *xs in columns])
+
+    def mean(self, sums: Any) -> Any:
+        """Group-sized sums over the number of coordinates of each group."""
+        columns = self._columns((sums,))
+        return self._unflatten([None if leaf is None else s / leaf.size for leaf, s in columns])
+
+    def choose(self, on: Any, off: Any) -> Any:
+        """The leaves of `on` on the spheres, those of `off` elsewhere."""
+        columns = self._columns((on, off))
+        return self._unflatten([b if leaf is None else a for leaf, a, b in columns])
 
     def stored(self, scalars: Any) -> Any:
         """A group-sized tree as optimizer state: a zero off the spheres keeps the tree's structure."""

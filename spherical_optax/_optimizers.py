@@ -1,11 +1,15 @@
 r"""Adam, SGD and what the paper makes of them: chains of building blocks, each one step from Adam.
 
-    adam     add_decayed_weights  quotient(ema,                      rms)                            lr
-    adams    add_decayed_weights  quotient(ema,                      rms(spheres))                   lr
-    adamst   add_decayed_weights  quotient(ema(transport),           rms(spheres))                   lr
-    adamsrt  add_decayed_weights  quotient(ema(transport, rescale),  rms(spheres, rescale))          lr
-    adamg                         quotient(ema(transport),           rms(spheres, reduce="sum"))     lr  retract(1)
-    sgd_mrt  add_decayed_weights  trace(transport, rescale)                                          lr
+    adam     quotient(ema(l2),                      rms(l2))                             lr
+    adams    quotient(ema(l2),                      rms(spheres, l2))                    lr
+    adamst   quotient(ema(transport, l2),           rms(spheres, l2))                    lr
+    adamsrt  quotient(ema(transport, rescale, l2),  rms(spheres, rescale, l2))           lr
+    adamg    quotient(ema(transport),               rms(spheres, reduce="sum"))          lr  retract(1)
+    sgd_mrt  add_decayed_weights(l2)  trace(transport, rescale)                          lr
+
+The L2 term is an argument of the moments, as in [8], [19] and [20], and not `add_decayed_weights` in
+front of them: the numbers are the same, but the sum of gradient and L2 term, which both moments need,
+then takes no memory.
 
 Arguments that all have in common:
 
@@ -15,17 +19,17 @@ Arguments that all have in common:
     take it only so that every variant can be swapped for every other.
   weight_decay: number or schedule; L2 as in the paper: weight_decay * x is part of the gradient.
   mu_dtype: dtype of the momentum; None takes the parameters'.
-"""  # noqa: E501
+"""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
+from spherical_optax._adamg_star import adamg_star
 from spherical_optax._constraints import retract
-from spherical_optax._moments import ema, given, quotient, rms, trace, zero_per_group
+from spherical_optax._momentum import ema, trace
+from spherical_optax._quotient import quotient, rms
 from spherical_optax._spheres import Spheres, match
 
 Scalar = optax.ScalarOrSchedule
@@ -72,11 +76,9 @@ def adam(
     Source: [7-9]; Kingma and Ba, "Adam: a method for stochastic optimization" (2015).
     """
     del spheres
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        quotient(ema(b1, accumulator_dtype=mu_dtype), rms(b2, eps)),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
 
 
 def adams(
@@ -117,11 +119,9 @@ def adams(
 
     Source: section 4.2 of the paper; "AdamS" in the authors' released code.
     """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        quotient(ema(b1, accumulator_dtype=mu_dtype), rms(b2, eps, spheres)),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, spheres, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
 
 
 def adamst(
@@ -161,12 +161,9 @@ def adamst(
 
     Source: section 4.2 of the paper; the radial part of m is dropped by the transport.
     """
-    momentum = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        quotient(momentum, rms(b2, eps, spheres)),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    a = ema(b1, spheres, transport=True, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, spheres, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
 
 
 def adamsrt(
@@ -208,12 +205,16 @@ def adamsrt(
 
     Source: [18-20]; the radial part of m is dropped, as in the authors' released code ("AdamSRT").
     """
-    momentum = ema(b1, spheres, transport=True, rescale=True, accumulator_dtype=mu_dtype)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        quotient(momentum, rms(b2, eps, spheres, rescale=True)),
-        optax.scale_by_learning_rate(learning_rate),
+    a = ema(
+        b1,
+        spheres,
+        transport=True,
+        rescale=True,
+        weight_decay=weight_decay,
+        accumulator_dtype=mu_dtype,
     )
+    b = rms(b2, eps, spheres, rescale=True, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
 
 
 def adamg(
@@ -254,10 +255,11 @@ def adamg(
 
     Source: Cho and Lee, "Riemannian approach to batch normalization" (2017), as in section 4.1.
     """
-    momentum = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
+    a = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, spheres, reduce="sum")
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=lambda p: match(spheres, p).curved().off()),
-        quotient(momentum, rms(b2, eps, spheres, reduce="sum")),
+        quotient(a, b),
         optax.scale_by_learning_rate(learning_rate),
         retract(spheres, 1.0),
     )
@@ -342,99 +344,6 @@ def sgd_mrt(
         trace(momentum, spheres, transport=True, rescale=True, accumulator_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def adamg_star(
-    learning_rate: Scalar, spheres: Spheres, *, weight_decay: Scalar = 0.0
-) -> Transformation:
-    """AdamG*: the adaptive method on the unit sphere that SGD with L2 is in disguise.
-
-    y = u - eta* grad / sqrt(v),  u <- y / ||y||,  v <- beta v + ||grad||^2  with Theorem 4's
-    beta = (1 - eta lambda)^4, eta* = (2 beta)^(-1/2), v_0 = r_0^4 / (2 eta^2 beta^(1/2))
-
-    Args:
-      learning_rate: eta of the SGD that it mirrors, a number or a schedule.
-      spheres: how the leaves split into groups, all of which land on unit spheres at the first step;
-        the rest gets that SGD itself.
-      weight_decay: lambda of the SGD that it mirrors, a number or a schedule.
-
-    Returns:
-      A `GradientTransformationExtraArgs`. State: one number per group.
-
-    Raises:
-      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
-
-    >>> tx = so.adamg_star(0.1, so.Sphere(), weight_decay=1e-3)
-    >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
-    >>> updates, state = tx.update({"kernel": jnp.array([[0.0], [7.0]])}, tx.init(params), params)
-    >>> so.geometry.norm(optax.apply_updates(params, updates), so.Sphere())
-    {'kernel': Array([[1.]], dtype=float32)}
-
-    Source: section 3.2 and Theorem 4. Deviation: kept is not v but the squared radius that the SGD
-    would have, (2 eta^2 beta^(1/2) v)^(1/2), which is the same for constant eta and lambda, mirrors
-    schedules too, and does not overflow.
-    """
-    return optax.chain(
-        _scale_by_mirrored_radius(learning_rate, weight_decay, spheres), retract(spheres, 1.0)
-    )
-
-
-class MirroredRadiusState(NamedTuple):
-    """State of `adamg_star`."""
-
-    count: jax.typing.ArrayLike  # steps taken, int32
-    radius_squared: optax.Updates  # per group, of the SGD that is mirrored
-
-
-def _scale_by_mirrored_radius(
-    learning_rate: Scalar, weight_decay: Scalar, spheres: Spheres
-) -> Transformation:
-    """The step of SGD, on spheres of this radius but with the effective learning rate of that one's.
-
-    With s the squared radius of the SGD and q = 1 - eta lambda, Table 1 gives SGD the effective
-    learning rate eta / (s q), and its radius follows s^2 <- q^2 (q^2 s^2 + 2 eta^2 ||grad L(u)||^2).
-    """
-
-    def init(params):
-        radius = zero_per_group(params, match(spheres, params).curved())
-        return MirroredRadiusState(jnp.zeros([], jnp.int32), radius)
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        groups = match(spheres, updates).curved()
-        eta, decay = (h(state.count) if callable(h) else h for h in (learning_rate, weight_decay))
-        shrink = 1 - jnp.asarray(eta * decay)
-        square = geometry.dot(given(params), params, groups)
-        # At the first step, and for a filter that was zero so far, the SGD is where the parameters are.
-        mirrored = groups.scalars(
-            lambda s, xx: jnp.where(s > 0, s, xx), state.radius_squared, square
-        )
-        rate = groups.scalars(
-            lambda s, xx: _as(eta, s) / _as(shrink, s) * geometry.ratio(xx, s), mirrored, square
-        )
-        following = groups.scalars(
-            lambda s, xx, gg: (
-                _as(shrink, s) * jnp.hypot(_as(shrink, s) * s, jnp.sqrt(2 * xx * gg) * _as(eta, s))
-            ),
-            mirrored,
-            square,
-            geometry.dot(updates, updates, groups),
-        )
-        updates = groups.map(
-            lambda g, x, rate: -rate * g,
-            updates,
-            params,
-            rate,
-            off=lambda g, x, _: -_as(eta, g) * (g + _as(decay, g) * x),
-        )
-        count = optax.safe_increment(state.count)
-        return updates, MirroredRadiusState(count, groups.stored(following))
-
-    return Transformation(init, update)
-
-
-def _as(value: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(value, like.dtype)
 
 
 #: The paper's names (and those of its released code) for the functions of this module.

@@ -18,6 +18,19 @@ import jax.numpy as jnp
 from spherical_optax._groups import Groups, accurate
 from spherical_optax._spheres import Spheres, match
 
+__all__ = [
+    "angle",
+    "direction",
+    "dot",
+    "exp",
+    "log",
+    "norm",
+    "project",
+    "retract",
+    "scale",
+    "transport",
+]
+
 
 def dot(x: Any, y: Any, spheres: Spheres) -> Any:
     """Inner product <x, y> within each group.
@@ -300,6 +313,17 @@ def ratio(a: Any, b: Any, otherwise: float = 1.0) -> jax.Array:
     """a / b, and `otherwise` where b is not positive: what a group of radius zero gets."""
     there = b > 0
     return jnp.where(there, a / jnp.where(there, b, 1.0), otherwise)
+
+
+def change(before: Any, now: Any, groups: Groups) -> Any:
+    """before / now of group-sized trees, and 1 for groups that were or are zero."""
+    return groups.scalars(lambda b, n: jnp.where(b > 0, ratio(b, n), 1.0), before, now)
+
+
+def zero_norm(params: Any, groups: Groups) -> Any:
+    """A zero per group, as optimizer state."""
+    # Summed rather than made: shape, dtype and sharding are then those of every later sum.
+    return groups.stored(norm(jax.tree.map(jnp.zeros_like, params), groups))
 
 
 def _sqrt(x: jax.Array) -> jax.Array:
