@@ -340,5 +340,6 @@ def _unit(x: Any, groups: Groups) -> Any:
     return direction(_float(x), groups)
 
 
-def _straight(x: jax.Array, v: jax.Array, *_: Any) -> jax.Array:
-    return x + v
+def _straight(x: jax.Array, v: jax.Array | None, *_: Any) -> jax.Array:
+    """A step in flat space; none where Equinox has left out the update."""
+    return x if v is None else x + v
