@@ -1,0 +1,1 @@
+"""The paper's experiments: its models, data, protocol and optimizers, and the demo."""

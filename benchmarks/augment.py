@@ -1,0 +1,31 @@
+"""What happens to a batch of uint8 images on the device: augmentation, then normalisation."""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.data import Source
+
+PADDING = 4
+
+
+def random_crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image, padded with black, cropped back at a random place and mirrored half the time."""
+    crop_key, flip_key = jax.random.split(key)
+    n, height, width, channels = images.shape
+    pad = (PADDING, PADDING)
+    padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
+    corners = jax.random.randint(crop_key, (n, 2), 0, 2 * PADDING + 1)
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
+
+    cropped = jax.vmap(crop)(padded, corners)
+    flip = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
+    return jnp.where(flip, cropped[:, :, ::-1], cropped)
+
+
+def normalize(images: jax.Array, source: Source) -> jax.Array:
+    mean, std = (
+        jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (source.mean, source.std)
+    )
+    return (images.astype(jnp.float32) / 255 - mean) / std

@@ -1,0 +1,166 @@
+"""The data sets by name, as uint8 images in memory, split into train, validation and test.
+
+`digits` ships with scikit-learn. The others are read from a folder that holds NAME.npz or a
+TensorFlow Datasets folder NAME/VERSION (array_record format; TensorFlow itself is not needed), or
+are downloaded by TensorFlow Datasets when no folder is given.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+VALIDATION_FRACTION = 0.05  # of the training set, as in the paper
+DIGITS_TRAIN, DIGITS_VALIDATION = 200, 400  # few to train on, so that methods can differ
+SPLIT_SEED = 0  # every run of every method holds out the same images
+
+
+class DataError(ValueError):
+    """A data set that is unknown, missing, corrupt or too small; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known about a data set beforehand; hashable, so that jit can take it as static."""
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool
+
+
+class Split(NamedTuple):
+    images: Any  # (n, height, width, channels) uint8, of NumPy or of JAX
+    labels: Any  # (n,) int32
+
+
+class Dataset(NamedTuple):
+    source: Source
+    train: Split
+    validation: Split
+    test: Split
+
+
+# Means and standard deviations of the training images in [0, 1]; the paper leaves SVHN as it is.
+_CIFAR = (32, 32, 3)
+SOURCES = {
+    source.name: source
+    for source in (
+        Source("digits", (8, 8, 1), 10, (0.3053,), (0.3759,), augment=False),
+        Source("cifar10", _CIFAR, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True),
+        Source("cifar100", _CIFAR, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), True),
+        Source("svhn_cropped", _CIFAR, 10, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), augment=False),
+    )
+}
+
+
+def load(name: str, data_dir: Path | None = None, limit: int | None = None) -> Dataset:
+    """The data set `name`; `limit` keeps only the first images of its training set."""
+    source = SOURCES.get(name)
+    if source is None:
+        raise DataError(f"unknown data set {name!r}; the known ones are {', '.join(SOURCES)}")
+    if name == "digits":
+        return _load_digits(source, limit)
+    train, test = _read(source, data_dir)
+    train = Split(*(array[:limit] for array in train))
+    held_out = max(1, round(VALIDATION_FRACTION * len(train.labels)))
+    validation, train = _shuffled_parts(train, held_out)
+    return Dataset(source, train, validation, test)
+
+
+def _load_digits(source: Source, limit: int | None) -> Dataset:
+    pixels, labels = load_digits(return_X_y=True)
+    # Grey levels 0..16 become 0..255, like every other image here.
+    images = np.round(pixels.reshape(-1, *source.shape) * (255 / 16)).astype(np.uint8)
+    everything = Split(images, labels.astype(np.int32))
+    train, validation, test = _shuffled_parts(everything, DIGITS_TRAIN, DIGITS_VALIDATION)
+    return Dataset(source, Split(*(array[:limit] for array in train)), validation, test)
+
+
+def _shuffled_parts(split: Split, *sizes: int) -> list[Split]:
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(split.labels))
+    parts = np.split(order, np.cumsum(sizes))
+    return [Split(*(array[part] for array in split)) for part in parts]
+
+
+def _read(source: Source, data_dir: Path | None) -> tuple[Split, Split]:
+    if data_dir is None:
+        return _read_tfds(source, None)
+    npz = data_dir / f"{source.name}.npz"
+    if npz.exists():
+        return _read_npz(source, npz)
+    for folder in (data_dir, data_dir / "tfds"):
+        if (folder / source.name).is_dir():
+            return _read_tfds(source, folder)
+    raise DataError(f"{data_dir} holds neither {npz.name} nor a TFDS folder {source.name}/")
+
+
+def _read_npz(source: Source, path: Path) -> tuple[Split, Split]:
+    try:
+        with path.open("rb") as file:  # np.load leaves a file that it cannot read open
+            found = np.load(file, allow_pickle=False)
+            arrays = {key: found[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except KeyError as error:
+        raise DataError(f"{path}: has no array {error.args[0].split()[0]}") from error
+    except (OSError, EOFError, ValueError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: truncated or not an npz file ({_one_line(error)})") from error
+    return (
+        _checked(source, arrays["x_train"], arrays["y_train"], f"{path}: train"),
+        _checked(source, arrays["x_test"], arrays["y_test"], f"{path}: test"),
+    )
+
+
+def _read_tfds(source: Source, data_dir: Path | None) -> tuple[Split, Split]:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(f"{source.name} needs tensorflow-datasets: {_one_line(error)}") from error
+    where = f"TFDS folder {data_dir}" if data_dir else "TFDS download"
+    try:
+        splits = tfds.data_source(
+            source.name,
+            split=("train", "test"),
+            data_dir=data_dir,
+            download=data_dir is None,
+        )
+        train, test = (list(split) for split in splits)
+    except Exception as error:  # readers, decoders and downloaders share no narrower class
+        raise DataError(f"{where}: cannot read {source.name} ({_one_line(error)})") from error
+    return (
+        _checked(source, *_stack(train), f"{where}: train"),
+        _checked(source, *_stack(test), f"{where}: test"),
+    )
+
+
+def _stack(examples: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    # TFDS writes records in a hashed order; where they carry an id, it restores the original one.
+    if examples and "id" in examples[0]:
+        examples = sorted(examples, key=lambda example: example["id"])
+    images = np.array([example["image"] for example in examples])
+    return images, np.array([example["label"] for example in examples])
+
+
+def _checked(source: Source, images: np.ndarray, labels: np.ndarray, where: str) -> Split:
+    if images.dtype != np.uint8 or images.shape[1:] != source.shape:
+        raise DataError(
+            f"{where}: expected uint8 images of shape (n, {', '.join(map(str, source.shape))}), "
+            f"found {images.dtype} {images.shape}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{where}: {len(images)} images but labels of shape {labels.shape}")
+    if not len(labels):
+        raise DataError(f"{where}: no images")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= source.num_classes:
+        raise DataError(f"{where}: labels must be integers from 0 to {source.num_classes - 1}")
+    return Split(images, labels.astype(np.int32))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,115 @@
+"""`make demo`: the paper's Table 2 and Figure 3 in miniature, in a few minutes on two CPU cores.
+
+python -m benchmarks.demo            trains with the committed learning rates
+python -m benchmarks.demo --grid     chooses these rates anew
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import spherical_optax as so
+from benchmarks import demo_grid, figures, report
+from benchmarks.data import load
+from benchmarks.demo_recipe import METHODS, RECIPE, make_trainer
+from benchmarks.loop import Run, Trainer
+from benchmarks.methods import METHODS as REGISTRY
+from benchmarks.methods import filter_spheres
+from benchmarks.progress import progress
+from benchmarks.significance import verdict
+
+SEEDS = (0, 1, 2)
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "results" / "demo"
+
+
+@jax.jit
+def filter_radii(params: Any) -> jax.Array:
+    """The radius of every filter of the network, in one vector."""
+    radii = so.geometry.norm(params, filter_spheres(params))
+    return jnp.concatenate([r.ravel() for r in jax.tree.leaves(radii)])
+
+
+def train(
+    trainer: Trainer, seed: int, advance: Callable[[Run], None]
+) -> tuple[Run, list[np.ndarray]]:
+    """One run, and the filters' radii at its start and after each epoch."""
+    radii = [np.asarray(filter_radii(trainer.init(seed).params))]
+
+    def on_epoch(run: Run, params: Any) -> None:
+        radii.append(np.asarray(filter_radii(params)))
+        advance(run)
+
+    return trainer.run(seed, RECIPE.epochs, on_epoch), radii
+
+
+def median_radius(radii: Sequence[list[np.ndarray]]) -> list[float]:
+    """Over all filters and the seeds that finished, for each epoch from 0."""
+    finished = [run for run in radii if len(run) == RECIPE.epochs + 1]
+    return np.median(np.concatenate(finished, axis=1), axis=1).tolist() if finished else []
+
+
+def run_demo(console: Console) -> None:
+    start = time.perf_counter()
+    data = load("digits")
+    rates = demo_grid.chosen_rates()
+    results, radii = [], {}
+    with progress(len(METHODS) * len(SEEDS) * RECIPE.epochs) as advance:
+        for name in METHODS:
+            label = REGISTRY[name].label
+            trainer = make_trainer(name, rates[name], data)
+
+            def show(run: Run, label: str = label) -> None:
+                epoch, loss = len(run.train_loss), run.train_loss[-1]
+                advance(f"{label}, seed {run.seed}, epoch {epoch}: loss {loss:.4f}")
+
+            trained = [train(trainer, seed, show) for seed in SEEDS]
+            memory = trainer.state_bytes_per_parameter
+            runs = [run for run, _ in trained]
+            results.append(report.Result(name, label, rates[name], memory, runs))
+            radii[label] = median_radius([filters for _, filters in trained])
+
+    test_images = len(data.test.labels)
+    title = f"digits: test accuracy on {test_images} images, mean ± std over {len(SEEDS)} seeds"
+    console.print(report.table(results, title))
+    console.print(f"Learning rates: chosen beforehand in {demo_grid.PATH.relative_to(ROOT)}")
+    console.print(f"\n{verdict(results)}", highlight=False)
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": "python -m benchmarks.demo",
+        "recipe": RECIPE.describe(),
+        "learning_rates_chosen_in": str(demo_grid.PATH.relative_to(ROOT)),
+        "environment": report.environment(),
+        "verdict": verdict(results),
+        "results": [report.as_json(result) for result in results],
+        "median_radius_of_the_filters": radii,
+    }
+    report.write_json(OUT / "demo.json", content)
+    figures.training_loss(results, OUT / "training_loss.png")
+    figures.median_radius(radii, OUT / "radii.png")
+    console.print(f"\nWrote {', '.join(sorted(p.name for p in OUT.iterdir()))} in results/demo/")
+    console.print(f"Took {time.perf_counter() - start:.0f} s", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.demo", description=str(__doc__))
+    parser.add_argument("--grid", action="store_true", help="choose the learning rates anew")
+    console = Console()
+    if parser.parse_args(argv).grid:
+        console.print(demo_grid.search())
+    else:
+        run_demo(console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What `make demo` trains: a small ResNet on 200 of scikit-learn's digits, by seven methods."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks import protocol
+from benchmarks.data import DIGITS_TRAIN, DIGITS_VALIDATION, Dataset
+from benchmarks.loop import Trainer, steps_per_epoch
+from benchmarks.methods import make_optimizer
+from benchmarks.models import MODELS
+
+METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that all methods share; the learning rate alone is each method's own."""
+
+    epochs: int = 60
+    batch_size: int = 50
+    b2: float = 0.99
+    l2: float = 5e-4  # inside the gradient: Adam, AdamS, AdamST, AdamSRT, SGD-M, AdamG off spheres
+    decoupled_decay: float = 1e-2  # AdamW
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "dataset": "digits",
+            "training_images": DIGITS_TRAIN,
+            "validation_images": DIGITS_VALIDATION,
+            "model": "digits",
+            "schedule": "learning rate x 0.1 after 1/3, 5/9 and 7/9 of the epochs",
+            **asdict(self),
+        }
+
+
+RECIPE = Recipe()
+
+
+def make_trainer(name: str, learning_rate: float, data: Dataset) -> Trainer:
+    steps = RECIPE.epochs * steps_per_epoch(data, RECIPE.batch_size)
+    schedule = protocol.step_schedule(learning_rate, steps)
+    weight_decay = RECIPE.decoupled_decay if name == "adamw" else RECIPE.l2
+    tx = make_optimizer(name, schedule, RECIPE.b2, weight_decay)
+    return Trainer(MODELS["digits"](data.source.num_classes), data, tx, RECIPE.batch_size)

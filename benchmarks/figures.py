@@ -1,0 +1,60 @@
+"""The demo's two figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import protocol
+from benchmarks.report import Result
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes let a line show that
+# another one lies on.
+STYLES = (
+    ("#000000", "-"),
+    ("#E69F00", "-"),
+    ("#56B4E9", "--"),
+    ("#009E73", "--"),
+    ("#D55E00", "-"),
+    ("#0072B2", "--"),
+    ("#CC79A7", "-."),
+)
+
+
+def training_loss(results: Sequence[Result], path: Path) -> None:
+    """Mean over the seeds as a line, smallest to largest as a band, one colour per method."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for result, (color, dashes) in zip(results, STYLES, strict=False):
+        losses = np.array([run.train_loss for run in result.runs if not run.diverged])
+        if losses.size:
+            epochs = np.arange(1, losses.shape[1] + 1)
+            label = f"{result.label}, rate {result.learning_rate:g}"
+            axes.plot(epochs, losses.mean(0), dashes, color=color, label=label)
+            axes.fill_between(epochs, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
+    axes.set(yscale="log", ylabel="training loss", title="Training loss, mean and range over seeds")
+    _finish(axes)
+    figure.savefig(path, dpi=150)
+
+
+def median_radius(radii: Mapping[str, Sequence[float]], path: Path) -> None:
+    """The median over all filters and seeds, one line per method."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (label, medians), (color, dashes) in zip(radii.items(), STYLES, strict=False):
+        axes.plot(medians, dashes, color=color, label=label)
+    title = "Radius of the median filter: the larger it is, the less a step turns the filter"
+    axes.set(ylabel="radius", title=title)
+    _finish(axes)
+    figure.savefig(path, dpi=150)
+
+
+def _finish(axes: Axes) -> None:
+    start, end = axes.dataLim.intervalx
+    for milestone in protocol.MILESTONES:
+        axes.axvline(end * milestone / protocol.EPOCHS, color="0.8", lw=0.8, zorder=0)
+    axes.set(xlabel="epoch (grey: learning rate x 0.1)", xlim=(start, end))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3)

@@ -1,0 +1,75 @@
+"""The optimizers under comparison, by their name on the command line, in the paper's order."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import spherical_optax as so
+from benchmarks import protocol
+from benchmarks.models import FILTERS
+
+Transformation = optax.GradientTransformation
+
+
+class Method(NamedTuple):
+    label: str  # the paper's; a dagger: only on the filters, Adam elsewhere
+    build: Callable[..., Transformation]  # learning_rate, spheres, b2, weight_decay
+
+
+filter_spheres = partial(so.spheres_where, pattern=FILTERS)
+
+
+def make_optimizer(
+    name: str, learning_rate: optax.ScalarOrSchedule, b2: float | None, weight_decay: float
+) -> Transformation:
+    return METHODS[name].build(learning_rate, filter_spheres, b2, weight_decay)
+
+
+def _adamw_on_spheres(
+    learning_rate: optax.ScalarOrSchedule, spheres: Any, b2: float, weight_decay: float
+) -> Transformation:
+    """AdamW on the filters and plain Adam elsewhere.
+
+    The coefficient of a decoupled decay is no L2 coefficient (the paper's default of 1e-2 would
+    crush the BatchNorm scales), so the rest gets none.
+    """
+
+    def on_spheres(params: Any) -> Any:
+        return jax.tree.map(lambda s: s is not None, spheres(params), is_leaf=lambda s: s is None)
+
+    return optax.chain(
+        so.quotient(so.ema(0.9), so.rms(b2)),
+        optax.add_decayed_weights(weight_decay, mask=on_spheres),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _adam_like(optimizer: Callable[..., Any]) -> Callable[..., Transformation]:
+    def build(learning_rate, spheres, b2, weight_decay):
+        return optimizer(learning_rate, spheres, b2=b2, weight_decay=weight_decay)
+
+    return build
+
+
+def _sgd_like(optimizer: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def build(learning_rate, spheres, b2, weight_decay):
+        del b2  # no second moment
+        return optimizer(learning_rate, spheres, weight_decay=weight_decay, **options)
+
+    return build
+
+
+METHODS = {
+    "adam": Method("Adam", _adam_like(so.adam)),
+    "adamw": Method("AdamW†", _adamw_on_spheres),
+    "adamg": Method("AdamG†", _adam_like(so.adamg)),
+    "adams": Method("Adam w/o (a)", _adam_like(so.adams)),
+    "adamst": Method("Adam w/o (ab)", _adam_like(so.adamst)),
+    "adamsrt": Method("Adam w/o (abc)", _adam_like(so.adamsrt)),
+    "sgd": Method("SGD-M", _sgd_like(so.sgd, momentum=protocol.MOMENTUM)),
+    "sgd_mrt": Method("SGD-MRT", _sgd_like(so.sgd_mrt, momentum=protocol.MOMENTUM)),
+    "adamg_star": Method("AdamG*", _sgd_like(so.adamg_star)),
+}

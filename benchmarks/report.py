@@ -1,0 +1,118 @@
+"""What a set of runs amounts to: a row of the table, and the JSON that keeps every number."""
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from benchmarks.loop import Run
+
+PACKAGES = ("spherical_optax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Result:
+    """All seeds of one method; the statistics are over the seeds that did not diverge."""
+
+    name: str  # on the command line
+    label: str  # in the paper
+    learning_rate: float
+    state_bytes_per_parameter: float
+    runs: Sequence[Run]
+
+    @property
+    def test_accuracies(self) -> list[float]:
+        return [run.test_accuracy for run in self.runs if run.test_accuracy is not None]
+
+    @property
+    def train_losses(self) -> list[float]:
+        return [run.train_loss[-1] for run in self.runs if not run.diverged]
+
+    @property
+    def step_time(self) -> float:
+        return statistics.median(t for run in self.runs for t in run.step_time)
+
+
+def _statistics(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and the sample's standard deviation (n - 1), which one value does not have."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _mean_std(values: Sequence[float], digits: int) -> str:
+    found = _statistics(values)
+    return " ± ".join(f"{x:.{digits}f}" for x in found.values() if x is not None) or "-"
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    rich_table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    rich_table.title_justify = rich_table.caption_justify = "left"
+    rich_table.add_column("method", no_wrap=True)
+    rich_table.add_column("optimizer", no_wrap=True)
+    for column in ("rate", "test acc. %", "train loss", "ms/step", "B/param"):
+        rich_table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        rich_table.add_row(
+            result.label,
+            result.name,
+            f"{result.learning_rate:g}",
+            _mean_std(result.test_accuracies, 2),
+            _mean_std(result.train_losses, 4),
+            f"{1e3 * result.step_time:.2f}",
+            f"{result.state_bytes_per_parameter:.2f}",
+        )
+    counts = {r.name: (sum(run.diverged for run in r.runs), len(r.runs)) for r in results}
+    lost = [f"{name}: {n} of {of} seeds diverged" for name, (n, of) in counts.items() if n]
+    rich_table.caption = "; ".join(lost) or None
+    return rich_table
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    return {
+        "optimizer": result.name,
+        "method": result.label,
+        "learning_rate": result.learning_rate,
+        "optimizer_state_bytes_per_parameter": result.state_bytes_per_parameter,
+        "step_time_seconds_median": result.step_time,
+        "test_accuracy_percent": _statistics(result.test_accuracies),
+        "final_train_loss": _statistics(result.train_losses),
+        "runs": [asdict(run) for run in result.runs],
+    }
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes the whole file or, if it is interrupted, none of it."""
+    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(f"{text}\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN: the loss of a run that diverged becomes null."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

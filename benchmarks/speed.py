@@ -1,0 +1,135 @@
+"""What one optimizer step costs on a network's parameters, beside `optax.adam` in the same run.
+
+    python -m benchmarks.speed [--model resnet18] [--rounds 101] [--out FILE.json]
+
+Every step is jitted alone, with donated buffers, and takes its turn in every round: the ratios
+mean something on a noisy machine, the milliseconds do not.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.methods import METHODS, filter_spheres
+from benchmarks.models import MODELS
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
+OPTAX = {
+    "optax.adam": optax.adam(LEARNING_RATE),
+    "optax.adamw": optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+    "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
+}
+OURS = {
+    f"so.{name}": METHODS[name].build(LEARNING_RATE, filter_spheres, 0.999, WEIGHT_DECAY)
+    for name in METHODS
+    if name != "adamw"  # made of the same blocks as so.adam
+}
+
+
+class Step:
+    """One optimizer, compiled, with parameters and state of its own."""
+
+    def __init__(self, tx: optax.GradientTransformation, shapes: Any):
+        keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
+
+        def normal(x):
+            return 0.05 * jax.random.normal(next(keys), x.shape, x.dtype)
+
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.params, self.grads = jax.tree.map(normal, shapes), jax.tree.map(normal, shapes)
+        self.state = tx.init(self.params)
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.grads)
+        start = time.perf_counter()
+        self._compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
+        start = time.perf_counter()
+        self.params, self.state = self._compiled(self.params, self.state, self.grads)
+        jax.block_until_ready(self.params)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def network_shapes(model: str) -> Any:
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = functools.partial(MODELS[model](10).init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images)["params"]
+
+
+def measure(shapes: Any, rounds: int) -> dict[str, dict[str, float]]:
+    steps = {name: Step(tx, shapes) for name, tx in {**OPTAX, **OURS}.items()}
+    for step in steps.values():  # the first call touches memory for the first time
+        step.run()
+        step.seconds.clear()
+    for _ in range(rounds):
+        for step in steps.values():
+            step.run()
+    adam = steps["optax.adam"]
+    adam_seconds = statistics.median(adam.seconds)
+    return {
+        name: {
+            "milliseconds": 1e3 * statistics.median(step.seconds),
+            "time_ratio": statistics.median(step.seconds) / adam_seconds,
+            "state_bytes": step.state_bytes,
+            "state_ratio": step.state_bytes / adam.state_bytes,
+            "temporary_bytes": step.temporary_bytes,
+            "compile_ratio": step.compile_seconds / adam.compile_seconds,
+        }
+        for name, step in steps.items()
+    }
+
+
+def table(rows: dict[str, dict[str, float]], title: str) -> Table:
+    found = Table(title=title, title_justify="left")
+    found.add_column("optimizer", no_wrap=True)
+    for column in ("ms", "time ratio", "state ratio", "temp. MiB", "compile ratio"):
+        found.add_column(column, justify="right")
+    for name, row in rows.items():
+        found.add_row(
+            name,
+            f"{row['milliseconds']:.2f}",
+            f"{row['time_ratio']:.2f}",
+            f"{row['state_ratio']:.3f}",
+            f"{row['temporary_bytes'] / 2**20:.2f}",
+            f"{row['compile_ratio']:.2f}",
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="resnet18")
+    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
+    args = parser.parse_args(argv)
+    shapes = network_shapes(args.model)
+    parameters = sum(x.size for x in jax.tree.leaves(shapes))
+    rows = measure(shapes, args.rounds)
+    title = f"One step on {args.model}, {parameters:,} parameters; ratios are to optax.adam"
+    Console().print(table(rows, title))
+    if args.out:
+        command = f"python -m benchmarks.speed --model {args.model} --rounds {args.rounds}"
+        content = {"command": command, "environment": report.environment(), "optimizers": rows}
+        report.write_json(args.out, content)
+        print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

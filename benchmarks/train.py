@@ -1,0 +1,137 @@
+"""Trains one model with one optimizer over several seeds, by default with the paper's recipe.
+
+    python -m benchmarks.train --dataset cifar10 --data-dir DIR --model resnet20 \\
+        --optimizer adamsrt --epochs 405 --seeds 5 --out OUT
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from benchmarks import protocol, report
+from benchmarks.data import SOURCES, DataError, load
+from benchmarks.loop import Run, Trainer, steps_per_epoch
+from benchmarks.methods import METHODS, make_optimizer
+from benchmarks.models import MODELS, ImageSizeError
+from benchmarks.progress import progress
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"error: {message}\n")
+
+
+def at_least(kind: Callable[[str], float], minimum: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` rejects the text
+    return parse
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="benchmarks.train", description=str(__doc__).splitlines()[0])
+    add = parser.add_argument
+    add("--dataset", required=True, choices=SOURCES)
+    add("--data-dir", type=Path, help="holds NAME.npz or a TFDS folder; default: TFDS downloads")
+    add("--model", required=True, choices=MODELS)
+    add("--optimizer", required=True, choices=METHODS)
+    add("--epochs", type=at_least(int, 1), default=protocol.EPOCHS)
+    add("--seeds", type=at_least(int, 1), default=5, help="how many; they are 0, 1, ...")
+    add("--out", type=Path, required=True, help="folder for the JSON file")
+    add("--limit", type=at_least(int, 1), help="use only the first training images")
+    add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
+    for name in ("--learning-rate", "--weight-decay", "--b2"):
+        add(name, type=at_least(float, 0.0), help="default: the paper's")
+    return parser
+
+
+def check_writable(folder: Path) -> None:
+    """Fails now rather than after hours of training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def make_trainer(args: argparse.Namespace, values: protocol.Hyperparameters) -> Trainer:
+    data = load(args.dataset, args.data_dir, args.limit)
+    steps = args.epochs * steps_per_epoch(data, args.batch_size)
+    schedule = protocol.step_schedule(values.learning_rate, steps)
+    tx = make_optimizer(args.optimizer, schedule, values.b2, values.weight_decay)
+    model = MODELS[args.model](data.source.num_classes)
+    return Trainer(model, data, tx, args.batch_size)
+
+
+def train_seeds(trainer: Trainer, seeds: int, epochs: int) -> list[Run]:
+    with progress(seeds * epochs) as advance:
+
+        def show(run: Run, _: Any) -> None:
+            advance(
+                f"seed {run.seed}, epoch {len(run.train_loss)}: loss {run.train_loss[-1]:.4f}, "
+                f"validation {run.validation_accuracy[-1]:.2f} %"
+            )
+
+        return [trainer.run(seed, epochs, show) for seed in range(seeds)]
+
+
+def describe(run: Run) -> str:
+    if run.diverged:
+        return f"seed {run.seed}: diverged in epoch {len(run.train_loss)} (the loss is not finite)"
+    assert run.best_epoch is not None
+    return (
+        f"seed {run.seed}: test {run.test_accuracy:.2f} %, "
+        f"best validation {run.validation_accuracy[run.best_epoch]:.2f} % in epoch "
+        f"{run.best_epoch + 1}, train loss {run.train_loss[-1]:.4f}, "
+        f"{1e3 * statistics.median(run.step_time):.1f} ms/step"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    values = protocol.hyperparameters(args.dataset, args.model, args.optimizer)
+    given = {name: getattr(args, name) for name in values._fields}
+    values = values._replace(**{name: v for name, v in given.items() if v is not None})
+    try:
+        check_writable(args.out)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    try:
+        trainer = make_trainer(args, values)
+    except (DataError, ImageSizeError) as error:
+        parser.error(str(error))
+
+    runs = train_seeds(trainer, args.seeds, args.epochs)
+    result = report.Result(
+        args.optimizer,
+        METHODS[args.optimizer].label,
+        values.learning_rate,
+        trainer.state_bytes_per_parameter,
+        runs,
+    )
+    for run in runs:
+        print(describe(run))
+    title = f"{args.dataset}, {args.model}, epochs: {args.epochs}, seeds: {args.seeds}"
+    Console().print(report.table([result], title))
+
+    recipe = {name: v for name, v in vars(args).items() if name not in ("out", "data_dir")}
+    recipe |= values._asdict() | {"learning_rate_times_0.1_at_epochs_of_405": protocol.MILESTONES}
+    path = args.out / f"{args.dataset}_{args.model}_{args.optimizer}.json"
+    content = {"recipe": recipe, "environment": report.environment(), **report.as_json(result)}
+    report.write_json(path, content)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What the optimizers keep and what they need while they work, on the parameters of a ResNet-18."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import spherical_optax as so
+
+
+@functools.cache
+def _resnet18():
+    """The CIFAR network: a 3x3 stem, four stages of two basic blocks, one classifier."""
+    params = {"stem": (3, 3, 3, 64)}
+    inputs = 64
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            name = f"stage{stage}_block{block}"
+            params[f"{name}/conv0"] = (3, 3, inputs, width)
+            params[f"{name}/conv1"] = (3, 3, width, width)
+            if inputs != width:
+                params[f"{name}/shortcut"] = (1, 1, inputs, width)
+            inputs = width
+    norms = {f"{k}/{part}": s[-1:] for k, s in params.items() for part in ("scale", "bias")}
+    params |= norms | {"head/kernel": (512, 10), "head/bias": (10,)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in params.items()}
+
+
+def _spheres(params):
+    return {k: so.Sphere() if len(x.shape) == 4 else None for k, x in params.items()}
+
+
+def _bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_the_network_is_the_one_meant():
+    assert 11.1e6 < _bytes(_resnet18()) / 4 < 11.2e6
+
+
+@pytest.mark.parametrize("make", [so.adams, so.adamst, so.adamsrt, so.adamg])
+def test_state_is_half_of_adams(make):
+    params = _resnet18()
+    state = jax.eval_shape(make(1e-3, _spheres(params)).init, params)
+    assert _bytes(state) <= 0.51 * _bytes(jax.eval_shape(optax.adam(1e-3).init, params))
+
+
+def test_step_needs_no_temporary_memory():
+    """With donated buffers AdamSRT works in place: no copy of a kernel at any time."""
+    params = _resnet18()
+    tx = so.adamsrt(1e-3, _spheres(params), weight_decay=1e-4)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    compiled = step.lower(params, state, params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2**20

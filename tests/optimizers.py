@@ -1,0 +1,69 @@
+"""One table of all optimizers, and a tree of parameters that has every kind of group in it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import spherical_optax as so
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An optimizer: `make(learning_rate, spheres, **kwargs)`, and what is special about it."""
+
+    make: Callable[..., Any]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unit_radius: bool = False  # retracts to the unit sphere
+    has_mu: bool = True  # keeps a momentum, of dtype mu_dtype
+
+    def __call__(self, learning_rate=0.01, spheres=None, **kwargs):
+        return self.make(learning_rate, spheres, **self.kwargs, **kwargs)
+
+
+TABLE = {
+    "adam": Row(so.adam),
+    "adams": Row(so.adams),
+    "adamst": Row(so.adamst),
+    "adamsrt": Row(so.adamsrt),
+    "adamg": Row(so.adamg, unit_radius=True),
+    "adamg_star": Row(so.adamg_star, unit_radius=True, has_mu=False),
+    "sgd": Row(so.sgd, has_mu=False),
+    "sgd_momentum": Row(so.sgd, {"momentum": 0.9}),
+    "sgd_mrt": Row(so.sgd_mrt),
+}
+
+SHAPES = {
+    "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+    "norm": {"kernel": (5, 4), "bias": (4,)},
+    "heads": (6, 2, 3),
+    "layer": (4, 3),
+    "one_row": (1, 3),
+    "scalar": (),
+}
+SPHERES = {
+    "conv": {"kernel": so.Sphere(), "bias": None},
+    "norm": {"kernel": so.Sphere(blocks=2, tie="norm"), "bias": so.Sphere(blocks=2, tie="norm")},
+    "heads": so.Sphere(index_axes=(1,)),
+    "layer": so.Sphere(index_axes=()),
+    "one_row": so.Sphere(),
+    "scalar": None,
+}
+
+
+def random_tree(seed, shapes=None, dtype=jnp.float32, scale=1.0):
+    """Normal values in a tree of these shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scale * rng.normal(size=shape)).astype(dtype),
+        SHAPES if shapes is None else shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def types(tree):
+    """Shape, dtype, weak type and sharding of every leaf."""
+    return jax.tree.map(jax.typeof, tree)

@@ -1,0 +1,317 @@
+"""The benchmarks: models, data, protocol, training loop, command line and the demo's records."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import data, demo_grid, models, protocol, report, train
+from benchmarks.augment import PADDING, random_crop_and_flip
+from benchmarks.demo_recipe import METHODS as DEMO_METHODS
+from benchmarks.loop import Run, Trainer
+from benchmarks.methods import METHODS, filter_spheres, make_optimizer
+from benchmarks.progress import LINES, progress
+from benchmarks.significance import verdict
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "parameters"),
+    [
+        # With 1x1 convolutions on the shortcuts; 269,722 with He et al.'s padded ones.
+        ("resnet20", 21, 272_474),
+        ("resnet18", 20, 11_173_962),
+        ("vgg16", 13, 14_724_042),
+    ],
+)
+def test_published_model_sizes(name, convolutions, parameters):
+    init = partial(models.MODELS[name](10).init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
+    on_spheres = jax.tree.leaves(filter_spheres(params))
+    assert len(on_spheres) == len(kernels) == convolutions
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def cifar_arrays(n_train=40, n_test=8, seed=0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {
+        "x_train": rng.integers(0, 256, (n_train, 32, 32, 3), np.uint8),
+        "y_train": rng.integers(0, 10, n_train, np.uint8),
+        "x_test": rng.integers(0, 256, (n_test, 32, 32, 3), np.uint8),
+        "y_test": rng.integers(0, 10, n_test, np.uint8),
+    }
+
+
+def test_npz_round_trip(tmp_path):
+    arrays = cifar_arrays()
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    found = data.load("cifar10", tmp_path)
+    assert [len(split.labels) for split in found[1:]] == [38, 2, 8]  # 5 % held out
+    np.testing.assert_array_equal(found.test.images, arrays["x_test"])
+    np.testing.assert_array_equal(found.test.labels, arrays["y_test"])
+    pairs = {image.tobytes(): label for image, label in zip(*found.train, strict=True)}
+    pairs |= {image.tobytes(): label for image, label in zip(*found.validation, strict=True)}
+    expected = zip(arrays["x_train"], arrays["y_train"], strict=True)
+    assert pairs == {image.tobytes(): label for image, label in expected}
+
+
+def test_limit_keeps_the_first_images(tmp_path):
+    arrays = cifar_arrays()
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    found = data.load("cifar10", tmp_path, limit=20)
+    kept = {image.tobytes() for split in (found.train, found.validation) for image in split.images}
+    assert kept == {image.tobytes() for image in arrays["x_train"][:20]}
+
+
+def test_digits_split():
+    found = data.load("digits")
+    assert [len(split.labels) for split in found[1:]] == [200, 400, 1197]
+    images = np.concatenate([split.images for split in found[1:]]) / 255
+    np.testing.assert_allclose(images.mean(), found.source.mean[0], atol=1e-4)
+    np.testing.assert_allclose(images.std(), found.source.std[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_train": np.zeros((40, 28, 28, 1), np.uint8)}, r"expected uint8 .* \(40, 28, 28, 1\)"),
+        ({"x_test": np.zeros((8, 32, 32, 3), np.float32)}, r"expected uint8 .* found float32"),
+        ({"y_train": np.zeros(39, np.uint8)}, r"train: 40 images but labels of shape \(39,\)"),
+        ({"y_test": np.full(8, 10)}, r"test: labels must be integers from 0 to 9"),
+        ({"y_test": np.zeros(8)}, r"test: labels must be integers"),
+        ({"x_test": np.zeros((0, 32, 32, 3), np.uint8), "y_test": np.zeros(0, int)}, "no images"),
+        ({"y_train": None}, r"cifar10.npz: has no array y_train"),
+    ],
+)
+def test_wrong_arrays_are_named(tmp_path, change, message):
+    arrays = cifar_arrays() | change
+    np.savez(tmp_path / "cifar10.npz", **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(data.DataError, match=message):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10, 5_000, 100_000])
+def test_truncated_npz(tmp_path, kept_bytes):
+    path = tmp_path / "cifar10.npz"
+    np.savez(path, **cifar_arrays())
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(data.DataError, match=r"cifar10.npz: truncated or not an npz file"):
+        data.load("cifar10", tmp_path)
+
+
+def test_a_single_array_is_no_npz(tmp_path):
+    with (tmp_path / "cifar10.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(data.DataError, match=r"not an npz file"):
+        data.load("cifar10", tmp_path)
+
+
+def test_missing_and_unknown_data(tmp_path):
+    with pytest.raises(data.DataError, match=r"holds neither cifar10.npz nor a TFDS folder"):
+        data.load("cifar10", tmp_path)
+    with pytest.raises(data.DataError, match=r"unknown data set 'mnist'; .* digits, cifar10"):
+        data.load("mnist")
+
+
+def test_corrupt_tfds_folder(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "tfds" / "cifar10" / "3.0.2").mkdir(parents=True)
+    with pytest.raises(data.DataError, match=r"TFDS folder .*tfds: cannot read cifar10 \("):
+        data.load("cifar10", tmp_path)
+
+
+def test_real_cifar10(tmp_path):
+    if not (SHARED / "unpack.py").exists():
+        pytest.skip("the real CIFAR-10 is not beside this checkout")
+    image = pytest.importorskip("PIL.Image")
+    strip = sorted((SHARED / "cifar10").glob("[ab]/*.webp"))[0]
+    images = np.asarray(image.open(strip).convert("RGB")).reshape(500, 32, 32, 3)
+    labels = np.load(SHARED / "cifar10" / "labels.npz")["y_train"][:500]
+    arrays: dict[str, Any] = {
+        "x_train": images,
+        "y_train": labels,
+        "x_test": images,
+        "y_test": labels,
+    }
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    found = data.load("cifar10", tmp_path)
+    pixels = found.train.images / 255
+    np.testing.assert_allclose(pixels.mean((0, 1, 2)), found.source.mean, atol=0.02)
+    np.testing.assert_allclose(pixels.std((0, 1, 2)), found.source.std, atol=0.02)
+
+
+def test_augmentation_crops_and_flips():
+    images = jax.random.randint(jax.random.key(0), (64, 6, 5, 3), 1, 256).astype(jnp.uint8)
+    found = np.asarray(jax.jit(random_crop_and_flip)(jax.random.key(1), images))
+    padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+    offsets, flips = set(), 0
+    for source, image in zip(padded, found, strict=True):
+        crops = {
+            source[i : i + 6, j : j + 5][:, ::step].tobytes(): (i, j, step)
+            for i in range(2 * PADDING + 1)
+            for j in range(2 * PADDING + 1)
+            for step in (1, -1)
+        }
+        i, j, step = crops[image.tobytes()]
+        offsets.add((i, j))
+        flips += step == -1
+    assert len(offsets) > 30
+    assert 16 < flips < 48
+
+
+# --- protocol ---------------------------------------------------------------------------------
+
+
+def test_schedule_drops_three_times():
+    schedule = protocol.step_schedule(1.0, 810)
+    steps = (0, 269, 270, 449, 450, 629, 630, 809)
+    rates = np.array([schedule(jnp.int32(step)) for step in steps])
+    np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3], rtol=1e-6)
+
+
+def test_every_method_has_published_or_borrowed_values():
+    for name in METHODS:
+        for dataset, model in (("cifar10", "vgg16"), ("digits", "digits")):
+            values = protocol.hyperparameters(dataset, model, name)
+            assert values.learning_rate > 0
+            assert values.weight_decay >= 0
+    assert protocol.hyperparameters("cifar100", "resnet18", "adamst") == (1e-3, 0.999, 0.0)
+
+
+# --- training loop ----------------------------------------------------------------------------
+
+
+TINY = partial(models.ResNet, widths=(4,), blocks=0)  # compiles fast
+
+
+def tiny_trainer(optimizer="adamsrt", **options):
+    digits = data.load("digits")
+    source = digits.source.__class__(**{**vars(digits.source), "augment": True})
+    few = digits._replace(source=source, train=data.Split(*(a[:50] for a in digits.train)))
+    tx = make_optimizer(optimizer, protocol.step_schedule(1e-2, 12), 0.99, 1e-3)
+    return Trainer(TINY(10), few, tx, 16, **options)
+
+
+def test_scan_and_single_steps_agree():
+    scanned, stepped = (tiny_trainer(scan=scan).run(7, 2) for scan in (True, False))
+    np.testing.assert_allclose(scanned.train_loss, stepped.train_loss, rtol=1e-4)
+    np.testing.assert_allclose(scanned.validation_accuracy, stepped.validation_accuracy, atol=0.5)
+    assert len(scanned.step_time) == len(stepped.step_time) == 2
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_per_parameter"), [("adamw", 8), ("adamg_star", 0)])
+def test_methods_train_and_report_their_memory(optimizer, bytes_per_parameter):
+    trainer = tiny_trainer(optimizer)
+    run = trainer.run(0, 1)
+    assert np.isfinite(run.train_loss).all()
+    assert abs(trainer.state_bytes_per_parameter - bytes_per_parameter) < 0.5
+    assert trainer.run(0, 1).train_loss == run.train_loss  # the seed decides everything
+    assert trainer.run(1, 1).train_loss != run.train_loss
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def arguments(tmp_path, **changes):
+    options = {
+        "--dataset": "digits",
+        "--model": "digits",
+        "--optimizer": "sgd",
+        "--epochs": "2",
+        "--seeds": "2",
+        "--out": str(tmp_path / "out"),
+        "--batch-size": "50",
+    }
+    options |= {f"--{name.replace('_', '-')}": str(value) for name, value in changes.items()}
+    return [word for pair in options.items() for word in pair]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "mnist"}, "cifar100"),
+        ({"model": "alexnet"}, "resnet20"),
+        ({"optimizer": "lion"}, "adamsrt"),
+        ({"epochs": 0}, "--epochs: must be at least 1, got 0"),
+        ({"seeds": -1}, "--seeds: must be at least 1, got -1"),
+        ({"limit": 0}, "--limit: must be at least 1, got 0"),
+        ({"epochs": "many"}, "--epochs: invalid int value: 'many'"),
+        ({"learning_rate": "nan"}, "--learning-rate: must be at least 0"),
+        ({"limit": 20}, "20 training images are too few for one batch of 50"),
+        ({"model": "vgg16"}, "at least 32x32"),
+        ({"dataset": "cifar10", "data_dir": "nowhere"}, "nowhere holds neither cifar10.npz"),
+        ({"out": __file__}, "--out"),
+    ],
+)
+def test_bad_input_gets_one_line_and_code_2(tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(tmp_path, **changes))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_diverged_seeds_are_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "digits", TINY)
+    assert train.main(arguments(tmp_path, learning_rate=1e30)) == 0
+    out = capsys.readouterr().out
+    assert "seed 0: diverged in epoch 1" in out
+    assert "sgd: 2 of 2 seeds diverged" in out
+    record = json.loads((tmp_path / "out" / "digits_digits_sgd.json").read_text("utf-8"))
+    assert [run["diverged"] for run in record["runs"]] == [True, True]
+    assert record["runs"][1]["train_loss"][-1] is None
+    assert record["recipe"]["learning_rate"] == 1e30
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+# --- reports ----------------------------------------------------------------------------------
+
+
+def result(label, accuracies):
+    runs = [
+        Run(seed, [0.1], [90.0], [0.01], 0, accuracy, diverged=accuracy is None)
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    return report.Result(label, label, 0.1, 4.0, runs)
+
+
+def test_verdict_follows_the_numbers():
+    noisy = verdict([result("A", [90.0, 92.0, 94.0]), result("B", [92.5, 90.5, 94.5])])
+    assert "B leads A by 0.50: too little to rank them" in " ".join(noisy.split())
+    # The seeds move both alike: what is left between them is the methods' difference.
+    shared = verdict([result("A", [90.0, 92.0, 94.1]), result("B", [90.5, 92.5, 94.5])])
+    assert "B leads A by 0.47: more than that" in " ".join(shared.split())
+    diverged = verdict([result("A", [90.0, None, 94.0]), result("B", [90.5, 92.5, 94.5])])
+    assert "nothing to compare" in diverged
+
+
+def test_progress_without_a_terminal_is_a_few_lines(capsys):
+    with progress(100) as advance:
+        for part in range(100):
+            advance(f"part {part}")
+    assert len(capsys.readouterr().err.splitlines()) == LINES
+
+
+def test_the_committed_grid_decides_the_demo():
+    grid = json.loads(demo_grid.PATH.read_text("utf-8"))
+    assert set(demo_grid.chosen_rates()) == set(DEMO_METHODS)
+    for name, cells in grid["cells"].items():
+        rates = [cell["learning_rate"] for cell in cells]
+        assert tuple(rates) == demo_grid.RATES
+        assert grid["chosen"][name] == demo_grid.best_rate(cells)
+        assert rates[0] < grid["chosen"][name] < rates[-1]

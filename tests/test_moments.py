@@ -1,0 +1,226 @@
+"""ema, trace, rms and quotient, each alone: plain they are Optax's, on spheres the paper's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spherical_optax as so
+
+from .golden import reference
+from .optimizers import SPHERES, random_tree
+
+SHAPE = (4, 3)  # three filters
+FILTERS = {"w": so.Sphere()}
+
+
+def _columns(seed):
+    return np.random.default_rng(seed).normal(size=SHAPE)
+
+
+def _tree(columns, dtype=None):
+    return {"w": jnp.asarray(columns, dtype)}
+
+
+def _assert_close(actual, expected, **tolerances):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, **tolerances), actual, expected)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+class TestPlain:
+    """Without spheres, and off the spheres."""
+
+    @pytest.mark.parametrize("spheres", [None, jax.tree.map(lambda _: None, SPHERES)])
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [
+            (lambda s: so.ema(0.9, s), optax.ema(0.9)),
+            (lambda s: so.ema(0.9, s, debias=False), optax.ema(0.9, debias=False)),
+            (lambda s: so.ema(0.9, s, transport=True, rescale=True), optax.ema(0.9)),
+            (lambda s: so.trace(0.9, s), optax.trace(0.9)),
+            (lambda s: so.trace(0.9, s, transport=True, rescale=True), optax.trace(0.9)),
+            (
+                lambda s: so.quotient(so.ema(0.9, s), so.rms(0.99, 1e-3, s)),
+                optax.scale_by_adam(0.9, 0.99, 1e-3),
+            ),
+            (
+                lambda s: so.quotient(so.ema(0.9, s), so.rms(0.99, 1e-3, s, rescale=True)),
+                optax.scale_by_adam(0.9, 0.99, 1e-3),
+            ),
+        ],
+        ids=["ema", "no debias", "transport", "trace", "moved trace", "adam", "rescaled adam"],
+    )
+    def test_is_optax(self, ours, theirs, spheres):
+        ours, params = ours(spheres), random_tree(0)
+        our_state, their_state = ours.init(params), theirs.init(params)
+        for seed in (1, 2, 3):
+            params, grads = random_tree(10 + seed), random_tree(seed)
+            actual, our_state = ours.update(grads, our_state, params)
+            expected, their_state = theirs.update(grads, their_state, params)
+            _assert_close(actual, expected, rtol=1e-6)
+
+    def test_rms_is_the_denominator(self):
+        tx, grads = so.rms(0.9, 1e-3), [random_tree(1), random_tree(2)]
+        state = tx.init(grads[0])
+        for g in grads:
+            denominator, state = tx.update(g, state)
+        squares = jax.tree.map(lambda a, b: (0.09 * a**2 + 0.1 * b**2) / (1 - 0.81), *grads)
+        _assert_close(denominator, jax.tree.map(lambda v: jnp.sqrt(v) + 1e-3, squares), rtol=1e-6)
+
+    def test_accumulator_dtype(self):
+        for make in (so.ema, so.trace):
+            tx = make(0.9, accumulator_dtype=jnp.bfloat16)
+            state = tx.init(random_tree(0))
+            assert jnp.dtype("bfloat16") in {leaf.dtype for leaf in jax.tree.leaves(state)}
+            updates, after = tx.update(random_tree(1), state)
+            assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+            assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.usefixtures("x64")
+class TestRms:
+    @pytest.mark.parametrize("reduce", ["mean", "sum"])
+    def test_is_one_number_per_group(self, reduce):
+        tx = so.rms(0.9, 1e-3, FILTERS, reduce=reduce)
+        grads = [_columns(1), _columns(2)]
+        state = tx.init(_tree(grads[0]))
+        for g in grads:
+            denominator, state = tx.update(_tree(g), state)
+        squares = [(g**2).mean(0) * (1 if reduce == "mean" else 4) for g in grads]
+        expected = np.sqrt((0.09 * squares[0] + 0.1 * squares[1]) / (1 - 0.81)) + 1e-3
+        np.testing.assert_allclose(denominator["w"], np.tile(expected, (4, 1)), rtol=1e-12)
+
+    def test_mean_is_the_default_of_eq_20(self):
+        grads = _tree(_columns(1))
+        outputs = []
+        for tx in (so.rms(0.9, 1e-8, FILTERS), so.rms(0.9, 1e-8, FILTERS, reduce="mean")):
+            outputs.append(tx.update(grads, tx.init(grads))[0])
+        _assert_close(*outputs, rtol=0)
+
+    def test_rescale_follows_the_radius(self):
+        tx = so.rms(0.9, 0.0, FILTERS, rescale=True)
+        x, g = _columns(0), [_columns(1), _columns(2), _columns(3)]
+        points = [x, 2.0 * x, 2.0 * x * np.array([1.0, 0.1, 30.0])]
+        state, v = tx.init(_tree(x)), 0.0
+        for k, (point, grads) in enumerate(zip(points, g, strict=True)):
+            denominator, state = tx.update(_tree(grads), state, _tree(point))
+            before = points[max(k - 1, 0)]
+            ratio = np.linalg.norm(before, axis=0) / np.linalg.norm(point, axis=0)
+            v = 0.9 * ratio**2 * v + 0.1 * (grads**2).mean(0)
+            expected = np.sqrt(v / (1 - 0.9 ** (k + 1)))
+            np.testing.assert_allclose(denominator["w"][0], expected, rtol=1e-12)
+
+    def test_state_is_per_group(self):
+        state = so.rms(0.9, 1e-8, SPHERES, rescale=True).init(random_tree(0))
+        assert {(1, 1, 1, 4), (1, 2), (2,), (1, 2, 1), (1, 1)} <= {
+            leaf.shape for leaf in jax.tree.leaves(state)
+        }
+        assert (3, 3, 2, 4) not in {leaf.shape for leaf in jax.tree.leaves(state)}
+
+    def test_unknown_reduction(self):
+        with pytest.raises(ValueError, match="median"):
+            so.rms(0.9, 1e-8, FILTERS, reduce="median").init(_tree(_columns(0)))
+
+
+def _transported(before, after, vectors):
+    """Column by column, explicitly."""
+    columns = [
+        reference.transport(x / np.linalg.norm(x), y / np.linalg.norm(y), v)
+        for x, y, v in zip(before.T, after.T, vectors.T, strict=True)
+    ]
+    return np.stack(columns, axis=1)
+
+
+# The step y = a x - s m with one s per group, and whether y is then brought to the unit sphere.
+S = np.array([0.3, 0.1, 2.0])
+MOVES = {
+    "a step": (1.0, S, False),
+    "a step back": (1.0, -S, False),
+    "decoupled decay": (0.7, S, False),
+    "growth": (1.5, S, False),
+    "retraction": (1.0, S, True),
+    "decay and retraction": (0.7, S, True),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("kind", ["ema", "trace"])
+def test_transport_is_that_of_the_paper(kind, move, rescale):
+    """m <- (r / ||y||) Gamma(m), without the ratio if rescale is off; m has radial parts here.
+
+    What stands for Gamma and the ratio is one projection. A factor a before x (decoupled decay) then
+    stands before the ratio as well, and a retraction after y changes nothing.
+    """
+    if kind == "ema":
+        tx, old, new = so.ema(0.9, FILTERS, transport=True, rescale=rescale, debias=False), 0.9, 0.1
+    else:
+        tx, old, new = so.trace(0.9, FILTERS, transport=True, rescale=rescale), 0.9, 1.0
+    a, s, retract = MOVES[move]
+    x, m = _columns(0), np.zeros(SHAPE)
+    state, before, factor = tx.init(_tree(x)), x, 1.0
+    for seed in range(1, 6):
+        g = _columns(seed)
+        output, state = tx.update(_tree(g), state, _tree(x))
+        m = old * factor * _transported(before, x, m) + new * g
+        np.testing.assert_allclose(output["w"], m, rtol=1e-9, atol=1e-12)
+        before, y = x, a * x - s * m
+        if rescale:
+            factor = a * np.linalg.norm(x, axis=0) / np.linalg.norm(y, axis=0)
+        x = y / np.linalg.norm(y, axis=0) if retract else y
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["ema", "trace"])
+def test_rescaling_alone(kind):
+    """Without transport only the ratio of the radii is left, wherever the point went."""
+    make, new = (so.ema, 0.1) if kind == "ema" else (so.trace, 1.0)
+    tx = make(0.9, FILTERS, rescale=True, **({"debias": False} if kind == "ema" else {}))
+    points, m = [_columns(seed) for seed in range(4)], np.zeros(SHAPE)
+    state = tx.init(_tree(points[0]))
+    for k, point in enumerate(points):
+        g = _columns(10 + k)
+        output, state = tx.update(_tree(g), state, _tree(point))
+        ratio = np.linalg.norm(points[max(k - 1, 0)], axis=0) / np.linalg.norm(point, axis=0)
+        m = 0.9 * ratio * m + new * g
+        np.testing.assert_allclose(output["w"], m, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: so.ema(0.9, FILTERS, transport=True),
+        lambda: so.ema(0.9, FILTERS, transport=True, rescale=True),
+        lambda: so.trace(0.9, FILTERS, transport=True),
+        lambda: so.rms(0.9, 1e-8, FILTERS, rescale=True),
+    ],
+)
+def test_missing_parameters(make):
+    tx, grads = make(), _tree(_columns(0), jnp.float32)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(grads, tx.init(grads))
+
+
+def test_quotient_feeds_both_and_divides():
+    tx = so.quotient(optax.scale(6.0), optax.stateless(lambda g, _: jax.tree.map(jnp.square, g)))
+    grads = {"w": jnp.asarray([1.0, 2.0, -4.0])}
+    updates, _ = tx.update(grads, tx.init(grads), grads, unheard_of=1)
+    np.testing.assert_allclose(updates["w"], [6.0, 3.0, -1.5])
+
+
+def test_quotient_passes_extra_arguments_on():
+    def update(updates, state, params=None, *, factor, **extra_args):
+        del params, extra_args
+        return jax.tree.map(lambda g: factor * g, updates), state
+
+    def init(params):
+        del params
+        return optax.EmptyState()
+
+    needs_factor = optax.GradientTransformationExtraArgs(init, update)
+    tx = so.quotient(needs_factor, optax.stateless(lambda g, _: jax.tree.map(jnp.ones_like, g)))
+    grads = {"w": jnp.asarray([1.0, 2.0])}
+    updates, _ = tx.update(grads, tx.init(grads), grads, factor=3.0)
+    np.testing.assert_allclose(updates["w"], [3.0, 6.0])
