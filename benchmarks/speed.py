@@ -56,7 +56,8 @@ class Step:
         start = time.perf_counter()
         self._compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
-        self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = self._compiled.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
         self.seconds: list[float] = []
 
@@ -114,7 +115,9 @@ def table(rows: dict[str, dict[str, float]], title: str) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.speed", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--model", choices=MODELS, default="resnet18")
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")

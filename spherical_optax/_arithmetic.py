@@ -24,7 +24,7 @@ def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
     return jax.tree.map(mix, updates, moment, is_leaf=lambda x: x is None)
 
 
-def debias(moment: Any, decay: Any, count: jax.Array) -> Any:
+def debias(moment: Any, decay: Any, count: Any) -> Any:
     """m / (1 - decay^count), as `optax.tree.bias_correction` but for strict dtype promotion."""
     dtype = jnp.result_type(float)
     correction = 1 - scalar(decay, dtype) ** count.astype(dtype)

@@ -23,14 +23,14 @@ class EmaState(NamedTuple):
 
     count: jax.typing.ArrayLike  # steps taken, int32
     ema: optax.Updates
-    kept: optax.Updates | None  # per group: <m, u> (transport alone) or r (rescale alone)
+    kept: Any  # None, or per group: <m, u> (transport alone) or r (rescale alone)
 
 
 class TraceState(NamedTuple):
     """State of `trace`."""
 
     trace: optax.Updates
-    kept: optax.Updates | None
+    kept: Any
 
 
 def ema(

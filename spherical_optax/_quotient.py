@@ -25,7 +25,7 @@ class RmsState(NamedTuple):
 
     count: jax.typing.ArrayLike  # steps taken, int32
     nu: optax.Updates  # one number per group on the spheres
-    radius: optax.Updates | None  # per group, at the last step
+    radius: Any  # None, or per group at the last step
 
 
 class QuotientState(NamedTuple):

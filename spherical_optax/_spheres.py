@@ -79,8 +79,8 @@ def _named_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tuple
     siblings = collections.Counter(path[:-1] for path, _ in flat)
 
     def name(path) -> Path:
-        last = path[-1] if path else None
-        if isinstance(last, GetAttrKey) and last.name == "value" and siblings[path[:-1]] == 1:
+        alone = bool(path) and siblings[path[:-1]] == 1
+        if alone and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
             path = path[:-1]
         return tuple(keystr((key,), simple=True) for key in path)
 
