@@ -81,7 +81,7 @@ class Groups:
 
     def sum(self, f: Callable[..., jax.Array], *trees: Any) -> Any:
         """Group-sized sum of f(*leaves) over each group, in at least float32."""
-        sums = [
+        sums: list[Any] = [
             None if leaf is None else leaf.sum(f(*map(accurate, arrays)))
             for leaf, *arrays in self._columns(trees)
         ]
