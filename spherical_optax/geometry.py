@@ -268,7 +268,7 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
     before = norm(point, groups)
     if radius is None:
         radius = before
-    elif jnp.ndim(radius) == 0 and jax.tree_util.all_leaves([radius]):
+    elif jax.tree_util.all_leaves([radius]) and jnp.ndim(radius) == 0:
         radius = groups.scalars(lambda r: jnp.full_like(r, radius), before)
     after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
     factor = groups.scalars(
