@@ -95,8 +95,8 @@ def retract(
 
     Args:
       spheres: how the leaves split into groups.
-      radius: R. "current" keeps whatever the radius is before the step; "initial" the radius at the
-        first step, kept in the state, which does not drift in low precision; or a number.
+      radius: R. "current" keeps whatever the radius is before the step; "initial" the radius at `init`,
+        kept in the state, which does not drift in low precision; or a number.
 
     Returns:
       A `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of one
@@ -122,14 +122,15 @@ def retract(
     def init(params):
         if not keep:
             return optax.EmptyState()
-        return RetractState(geometry.zero_norm(params, match(spheres, params).curved()))
+        groups = match(spheres, params).curved()
+        return RetractState(groups.stored(geometry.norm(params, groups)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         groups = match(spheres, updates).curved()
         wanted: Any = None if isinstance(radius, str) else radius
         if keep:
-            # A group's first radius that is not zero: zero-initialised filters keep theirs too.
+            # Zero-initialised filters keep the first radius that they get.
             wanted = groups.scalars(
                 lambda kept, now: jnp.where(kept > 0, kept, now),
                 state.radius,
