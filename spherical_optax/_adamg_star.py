@@ -76,6 +76,10 @@ def _scale_by_mirrored_radius(
         eta, decay = (h(state.count) if callable(h) else h for h in (learning_rate, weight_decay))
         shrink = 1 - jnp.asarray(eta * decay)
         square = geometry.dot(given(params), params, groups)
+
+        def sgd(x, g):
+            return None if g is None else -_as(eta, x) * (g.astype(x.dtype) + _as(decay, x) * x)
+
         # At the first step, and for a filter that was zero so far, the SGD is where the parameters are.
         mirrored = groups.scalars(
             lambda s, xx: jnp.where(s > 0, s, xx), state.radius_squared, square
@@ -84,24 +88,26 @@ def _scale_by_mirrored_radius(
             lambda s, xx: _as(eta, s) / _as(shrink, s) * geometry.ratio(xx, s), mirrored, square
         )
         following = groups.scalars(
-            lambda s, xx, gg: (
-                _as(shrink, s) * jnp.hypot(_as(shrink, s) * s, jnp.sqrt(2 * xx * gg) * _as(eta, s))
+            lambda s, r, g: (
+                _as(shrink, s) * _hypot(_as(shrink, s) * s, 2**0.5 * _as(eta, s) * r * g)
             ),
             mirrored,
-            square,
-            geometry.dot(updates, updates, groups),
+            geometry.norm(params, groups),
+            geometry.norm(updates, groups),
         )
         updates = groups.map(
-            lambda g, x, rate: -rate * g,
-            updates,
-            params,
-            rate,
-            off=lambda g, x, _: -_as(eta, g) * (g + _as(decay, g) * x),
+            lambda x, g, rate: -rate * g, params, updates, rate, off=lambda x, g, _: sgd(x, g)
         )
         count = optax.safe_increment(state.count)
         return updates, MirroredRadiusState(count, groups.stored(following))
 
     return Transformation(init, update)
+
+
+def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(a^2 + b^2)^(1/2) without overflow, and with gradient 0 at 0."""
+    there = (a > 0) | (b > 0)
+    return jnp.where(there, jnp.hypot(jnp.where(there, a, 1.0), b), 0.0)
 
 
 def _as(value: Any, like: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
     def mix(g, m):
         if g is None:
             return m
+        g, m = jnp.asarray(g), jnp.asarray(m)
         dtype = jnp.promote_types(g.dtype, m.dtype)
         kept = (scalar(decay, m.dtype) * m).astype(dtype)
         return (scalar(gain, g.dtype) * g).astype(dtype) + kept
@@ -47,7 +48,7 @@ def decayed(updates: Any, params: Any, l2: Any) -> Any:
     if l2 is None:
         return updates
     return jax.tree.map(
-        lambda g, x: None if g is None else g + scalar(l2, x.dtype) * x,
+        lambda g, x: None if g is None else g + scalar(l2, jnp.result_type(x)) * x,
         updates,
         given(params),
         is_leaf=lambda x: x is None,
@@ -65,7 +66,7 @@ def cast_like(tree: Any, like: Any) -> Any:
     if like is None:
         return tree
     return jax.tree.map(
-        lambda x, y: None if x is None else x.astype(y.dtype),
+        lambda x, y: None if x is None else jnp.asarray(x).astype(jnp.result_type(y)),
         tree,
         like,
         is_leaf=lambda x: x is None,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import given
+from spherical_optax._arithmetic import cast_like, given
 from spherical_optax._spheres import Spheres, match
 
 
@@ -37,7 +37,7 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, **extra_args):
         del extra_args
         groups = match(spheres, updates).curved()
-        return geometry.project(given(params), updates, groups), state
+        return cast_like(geometry.project(given(params), updates, groups), params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -75,7 +75,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
             geometry.norm(given(params), groups),
             geometry.norm(updates, groups),
         )
-        return geometry.scale(updates, factor, groups), state
+        return cast_like(geometry.scale(updates, factor, groups), params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -103,7 +103,7 @@ def retract(
       coordinate, and where x, x + q or R is zero, updates stay.
 
     Raises:
-      ValueError: if `radius` is another string, in `update` if `spheres` does not fit or `params` is
+      ValueError: if `radius` is none of these, in `update` if `spheres` does not fit or `params` is
         missing.
 
     >>> tx = optax.chain(optax.sgd(1.0), so.retract(so.Sphere(), 1.0))
@@ -115,8 +115,12 @@ def retract(
 
     Source: the second line of AdamG*, section 3.2 of the paper.
     """
-    if isinstance(radius, str) and radius not in ("current", "initial"):
-        raise ValueError(f"retract: radius is {radius!r}, not 'current', 'initial' or a number")
+    named = radius in ("current", "initial") if isinstance(radius, str) else None
+    number = type(radius) in (int, float)
+    if named is False or radius is None or callable(radius) or (number and radius <= 0):
+        raise ValueError(
+            f"retract: radius is {radius!r}, not 'current', 'initial' or a positive number"
+        )
     keep = isinstance(radius, str) and radius == "initial"
 
     def init(params):
@@ -138,7 +142,7 @@ def retract(
             )
             state = RetractState(groups.stored(wanted))
         target = geometry.retract(given(params), updates, groups, wanted)
-        updates = groups.map(lambda q, x, y: y - x, updates, params, target)
-        return updates, state
+        step = groups.map(lambda x, q, y: y - x, params, updates, target, off=lambda x, q, _: q)
+        return cast_like(step, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)

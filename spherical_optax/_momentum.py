@@ -70,7 +70,8 @@ def ema(
       `rescale` one number per group.
 
     Raises:
-      ValueError: in `init` and `update` if `spheres` does not fit, in `update` if `params` is missing.
+      ValueError: in `init` and `update` if `spheres` does not fit, in `update` if `params` is
+        missing and needed.
 
     >>> tx = optax.chain(so.ema(0.9, so.Sphere(), transport=True, rescale=True), optax.scale(-0.1))
     >>> params = {"kernel": jnp.ones((4, 2))}
@@ -122,7 +123,8 @@ def trace(
       A `GradientTransformationExtraArgs`. State as that of `ema`, without the count.
 
     Raises:
-      ValueError: in `init` and `update` if `spheres` does not fit, in `update` if `params` is missing.
+      ValueError: in `init` and `update` if `spheres` does not fit, in `update` if `params` is
+        missing and needed.
 
     >>> tx = so.trace(0.9)
     >>> params = {"kernel": jnp.ones(2)}

@@ -27,6 +27,7 @@ import jax
 import optax
 
 from spherical_optax._adamg_star import adamg_star
+from spherical_optax._arithmetic import cast_like
 from spherical_optax._constraints import retract
 from spherical_optax._momentum import ema, trace
 from spherical_optax._quotient import quotient, rms
@@ -65,7 +66,7 @@ def adam(
       `optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(...))`.
 
     Raises:
-      ValueError: in `update`, if `params` is missing.
+      ValueError: in `update`, if `params` is missing and `weight_decay` is not 0.
 
     >>> tx = so.adam(0.1, weight_decay=1e-4)
     >>> params = {"kernel": jnp.ones(3)}
@@ -108,7 +109,8 @@ def adams(
       A `GradientTransformationExtraArgs`. State: m, and one number per group.
 
     Raises:
-      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
+      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing and
+        `weight_decay` is not 0.
 
     >>> tx = so.adams(0.1, so.Sphere())
     >>> params = {"kernel": jnp.ones((2, 1))}
@@ -300,7 +302,9 @@ def sgd(
     del spheres
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.identity() if momentum is None else trace(momentum, accumulator_dtype=mu_dtype),
+        optax.stateless(cast_like)
+        if momentum is None
+        else trace(momentum, accumulator_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -64,7 +64,7 @@ def rms(
 
     Raises:
       ValueError: if `reduce` is unknown, in `init` and `update` if `spheres` does not fit, in `update`
-        if `rescale` and `params` is missing.
+        if `params` is missing and `rescale` or `weight_decay` needs it.
 
     >>> tx = so.rms(0.99, spheres=so.Sphere())
     >>> g = {"kernel": jnp.array([[3.0], [4.0]])}
@@ -80,6 +80,7 @@ def rms(
     def squares(g, params, groups, l2=None):
         sums = geometry.dot(g, g, groups)
         if l2 is not None:
+            params = given(params)
             # From inner products, as in `ema`: what is summed over on a CPU has to be in memory.
             sums = groups.scalars(
                 lambda gg, gx, xx: _norm_squared(gg, gx, xx, scalar(l2, gg.dtype)),
@@ -109,7 +110,8 @@ def rms(
         nu = mix(squares(updates, params, groups, l2), nu, decay, 1 - decay)
         count = optax.safe_increment(state.count)
         out = debias(output(updates, nu), decay, count)
-        out = jax.tree.map(lambda v: jnp.sqrt(v) + scalar(eps, v.dtype), out)
+        out = groups.scalars(geometry.sqrt, out, off=lambda v: None if v is None else jnp.sqrt(v))
+        out = jax.tree.map(lambda b: b + scalar(eps, b.dtype), out)
         # Zeros rather than `broadcast_to`, for the sharding of the updates.
         out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
         return cast_like(out, params), RmsState(count, cast_like(nu, state.nu), radius)

@@ -30,7 +30,7 @@ class Sphere:
       blocks: cuts the last of `index_axes` into so many equal contiguous blocks, one sphere each
         (the groups of GroupNorm).
       tie: leaves with the same string form their spheres together (a kernel and its bias under
-        LayerNorm or GroupNorm).
+        LayerNorm or GroupNorm), so every layer needs a string of its own.
 
     Raises:
       ValueError: if `index_axes` are not distinct integers, or `blocks` is not a positive integer
@@ -52,9 +52,9 @@ class Sphere:
         axes = self.index_axes
         axes = tuple(axes) if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
         object.__setattr__(self, "index_axes", axes)
-        if not all(isinstance(a, int) for a in axes) or len(set(axes)) < len(axes):
+        if not all(type(a) is int for a in axes) or len(set(axes)) < len(axes):
             raise ValueError(f"{self}: index_axes must be distinct integers")
-        if self.blocks is not None and not (isinstance(self.blocks, int) and self.blocks > 0):
+        if self.blocks is not None and not (type(self.blocks) is int and self.blocks > 0):
             raise ValueError(f"{self}: blocks must be a positive integer or None")
         if self.blocks is not None and not axes:
             raise ValueError(f"{self}: blocks cut the last index axis, and there is none")
@@ -108,6 +108,8 @@ def spheres_where(
     >>> spheres_where(params, r"Conv_\d+/kernel")
     {'Conv_0': {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}}
     """
+    if not isinstance(sphere, Sphere):
+        raise ValueError(f"spheres_where: sphere is {sphere!r}, not a Sphere")
     leaves, treedef = _named_leaves(params, lambda x: x is None)
     if not callable(pattern):
         regex = re.compile(pattern)
@@ -121,8 +123,10 @@ def spheres_where(
         for take, (_, leaf) in zip(chosen, leaves, strict=True)
     ]
     if not any(specs):
-        known = ", ".join("/".join(path) for path, _ in leaves)
-        raise ValueError(f"spheres_where: {pattern!r} matches no parameter; the paths are: {known}")
+        raise ValueError(
+            f"spheres_where: {pattern!r} matches no parameter; the paths are: "
+            f"{_listing(path for path, _ in leaves) or 'none, there are no parameters'}"
+        )
     spheres = jax.tree.unflatten(treedef, specs)
     match(spheres, params)
     return spheres
@@ -145,6 +149,8 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     """
     if isinstance(spheres, Groups):
         return spheres
+    if spheres is Sphere:
+        raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
     # An Equinox module is callable too, but no leaf.
     if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)

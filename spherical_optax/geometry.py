@@ -7,7 +7,7 @@ group has the shape of the parameter with the summed axes kept at length 1, so `
 `(kh, kw, in, out)` kernel. Leaves off the spheres are flat space: nothing to project or transport there.
 
 Everything is safe at zero, in value and in gradient: a group of radius 0 has no direction, and is
-left as it is.
+left as it is. Squares are summed, so in float32 lengths from about 1e-18 to 1e18 make sense.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def norm(x: Any, spheres: Spheres) -> Any:
     Source: section 2.1 of the paper.
     """
     groups = match(spheres, x)
-    return groups.scalars(_sqrt, dot(x, x, groups))
+    return groups.scalars(sqrt, dot(x, x, groups))
 
 
 def scale(x: Any, factors: Any, spheres: Spheres) -> Any:
@@ -272,7 +272,7 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
         radius = groups.scalars(lambda r: jnp.full_like(r, radius), before)
     after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
     factor = groups.scalars(
-        lambda wanted, r, yy: jnp.where((wanted > 0) & (r > 0), ratio(wanted, _sqrt(yy)), 1.0),
+        lambda wanted, r, yy: jnp.where((wanted > 0) & (r > 0), ratio(wanted, sqrt(yy)), 1.0),
         radius,
         before,
         after,
@@ -304,7 +304,7 @@ def angle(start: Any, end: Any, spheres: Spheres) -> Any:
 
     def of(a, b, uu, ww):
         there = (uu > 0) & (ww > 0)
-        return jnp.where(there, 2 * jnp.arctan2(_sqrt(a), jnp.where(there, _sqrt(b), 1.0)), 0.0)
+        return jnp.where(there, 2 * jnp.arctan2(sqrt(a), jnp.where(there, sqrt(b), 1.0)), 0.0)
 
     return groups.scalars(of, apart, along, dot(u, u, groups), dot(w, w, groups))
 
@@ -326,7 +326,8 @@ def zero_norm(params: Any, groups: Groups) -> Any:
     return groups.stored(norm(jax.tree.map(jnp.zeros_like, params), groups))
 
 
-def _sqrt(x: jax.Array) -> jax.Array:
+def sqrt(x: jax.Array) -> jax.Array:
+    """Zero at zero in value and gradient, as all lengths here."""
     there = x > 0
     return jnp.where(there, jnp.sqrt(jnp.where(there, x, 1.0)), 0.0)
 
@@ -342,4 +343,4 @@ def _unit(x: Any, groups: Groups) -> Any:
 
 def _straight(x: jax.Array, v: jax.Array | None, *_: Any) -> jax.Array:
     """A step in flat space; none where Equinox has left out the update."""
-    return x if v is None else x + v
+    return x if v is None else x + v.astype(x.dtype)
