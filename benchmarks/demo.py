@@ -4,7 +4,6 @@ python -m benchmarks.demo            trains with the committed learning rates
 python -m benchmarks.demo --grid     chooses these rates anew
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from benchmarks.methods import METHODS as REGISTRY
 from benchmarks.methods import filter_spheres
 from benchmarks.progress import progress
 from benchmarks.significance import verdict
+from benchmarks.train import Parser
 
 SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def run_demo(console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.demo", description=str(__doc__))
+    parser = Parser(prog="benchmarks.demo", description=str(__doc__))
     parser.add_argument("--grid", action="store_true", help="choose the learning rates anew")
     console = Console()
     if parser.parse_args(argv).grid:

@@ -6,7 +6,6 @@ Every step is jitted alone, with donated buffers, and takes its turn in every ro
 mean something on a noisy machine, the milliseconds do not.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -23,6 +22,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.methods import METHODS, filter_spheres
 from benchmarks.models import MODELS
+from benchmarks.train import Parser, at_least, check_writable
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
 OPTAX = {
@@ -115,13 +115,16 @@ def table(rows: dict[str, dict[str, float]], title: str) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.speed", description=str(__doc__).splitlines()[0]
-    )
+    parser = Parser(prog="benchmarks.speed", description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="resnet18")
-    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--rounds", type=at_least(int, 1), default=101)
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     args = parser.parse_args(argv)
+    if args.out:
+        try:
+            check_writable(args.out.parent)
+        except OSError as error:
+            parser.error(f"--out {args.out}: {error.strerror}")
     shapes = network_shapes(args.model)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     rows = measure(shapes, args.rounds)

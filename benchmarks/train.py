@@ -5,6 +5,7 @@
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -28,11 +29,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def at_least(kind: Callable[[str], float], minimum: float) -> Callable[[str], float]:
+def at_least(
+    kind: Callable[[str], float], minimum: float, below: float = math.inf
+) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
         if not value >= minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if not value < below:
+            raise argparse.ArgumentTypeError(f"must be below {below}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` rejects the text
@@ -51,8 +56,8 @@ def make_parser() -> Parser:
     add("--out", type=Path, required=True, help="folder for the JSON file")
     add("--limit", type=at_least(int, 1), help="use only the first training images")
     add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
-    for name in ("--learning-rate", "--weight-decay", "--b2"):
-        add(name, type=at_least(float, 0.0), help="default: the paper's")
+    for name, below in (("--learning-rate", math.inf), ("--weight-decay", math.inf), ("--b2", 1.0)):
+        add(name, type=at_least(float, 0.0, below), help="default: the paper's")
     return parser
 
 

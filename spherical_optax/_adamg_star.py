@@ -78,7 +78,7 @@ def _scale_by_mirrored_radius(
         square = geometry.dot(given(params), params, groups)
 
         def sgd(x, g):
-            return None if g is None else -_as(eta, x) * (g.astype(x.dtype) + _as(decay, x) * x)
+            return None if g is None else -_as(eta, x) * (_as(g, x) + _as(decay, x) * x)
 
         # At the first step, and for a filter that was zero so far, the SGD is where the parameters are.
         mirrored = groups.scalars(
@@ -111,4 +111,4 @@ def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _as(value: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(value, like.dtype)
+    return jnp.asarray(value, jnp.result_type(like))

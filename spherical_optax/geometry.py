@@ -343,4 +343,4 @@ def _unit(x: Any, groups: Groups) -> Any:
 
 def _straight(x: jax.Array, v: jax.Array | None, *_: Any) -> jax.Array:
     """A step in flat space; none where Equinox has left out the update."""
-    return x if v is None else x + v.astype(x.dtype)
+    return x if v is None else x + jnp.asarray(v, jnp.result_type(x))

@@ -3,13 +3,18 @@
 import pathlib
 import re
 
+import spherical_optax as so
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert names["value"] < 2.3  # below the log(10) of guessing
+    one = {"a": so.Sphere(), "b": None, "c": None}
+    other = {"a": None, "b": so.Sphere(()), "c": None}
+    assert names["union"](one, other) == {"a": so.Sphere(), "b": so.Sphere(()), "c": None}
