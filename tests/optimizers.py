@@ -58,7 +58,7 @@ def random_tree(seed, shapes=None, dtype=jnp.float32, scale=1.0):
     """Normal values in a tree of these shapes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: jnp.asarray(scale * rng.normal(size=shape)).astype(dtype),
+        lambda shape: jnp.asarray((scale * rng.normal(size=shape)).astype(jnp.dtype(dtype))),
         SHAPES if shapes is None else shapes,
         is_leaf=lambda node: isinstance(node, tuple),
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import spherical_optax as so
 
+from .compiling import quick_jit
 from .optimizers import TABLE, random_tree
 
 SHAPES = {
@@ -80,7 +81,7 @@ def _by_radius(params, grads):
 def _four_steps(name):
     """Everything that four steps leave behind: updates, states and points."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @quick_jit
     def run(params, grads, by_radius, weight_decay):
         tx = TABLE[name](0.1, SPHERES, weight_decay=weight_decay)
 
@@ -131,7 +132,7 @@ def test_nothing_moves_without_a_gradient(name, radius):
         params = so.geometry.direction(params, SPHERES)
     tx = TABLE[name](0.1, SPHERES)
     start, state = params, tx.init(params)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     for seed in (1, 2, 3):
         grads = jax.tree.map(jnp.zeros_like, params)
         grads["filters"] = random_tree(seed, SHAPES)["filters"].at[:, 2].set(0.0)

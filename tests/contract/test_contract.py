@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from ..compiling import quick_jit
 from ..optimizers import SHAPES, SPHERES, TABLE, random_tree, types
 
 pytestmark = pytest.mark.parametrize("name", TABLE)
@@ -22,7 +23,7 @@ def _moved(updates):
 
 
 def _two_steps(tx, params, grads=(1, 2), jit=True):
-    update = jax.jit(tx.update) if jit else tx.update
+    update = quick_jit(tx.update) if jit else tx.update
     state = tx.init(params)
     for seed in grads:
         updates, state = update(random_tree(seed), state, params)
@@ -58,7 +59,7 @@ def test_compiles_once(name):
     tx = TABLE[name](optax.constant_schedule(0.01), SPHERES, weight_decay=0.1)
     traces = []
 
-    @jax.jit
+    @quick_jit
     def step(params, state, grads):
         traces.append(None)
         updates, state = tx.update(grads, state, params)
@@ -92,7 +93,7 @@ def test_inject_hyperparams(name, static):
     # The injected value is the one in use.
     state.hyperparams["learning_rate"] = jnp.float32(0.0)
     if not row.unit_radius:
-        updates, _ = tx.update(random_tree(3), state, actual)
+        updates, _ = quick_jit(tx.update)(random_tree(3), state, actual)
         assert not any(bool(jnp.any(u)) for u in jax.tree.leaves(updates))
 
 
@@ -103,14 +104,14 @@ def test_multi_steps(name):
     accumulate = optax.MultiSteps(tx, every_k_schedule=3)
     params = random_tree(0)
     state = accumulate.init(params)
-    update = jax.jit(accumulate.update)
+    update = quick_jit(accumulate.update)
     grads = [random_tree(seed) for seed in (1, 2, 3)]
     for g in grads[:2]:
         updates, state = update(g, state, params)
         assert not any(bool(jnp.any(u)) for u in jax.tree.leaves(updates))
     updates, state = update(grads[2], state, params)
     mean = jax.tree.map(lambda *gs: sum(gs) / 3, *grads)
-    expected, _ = tx.update(mean, tx.init(params), params)
+    expected, _ = quick_jit(tx.update)(mean, tx.init(params), params)
     _assert_close(updates, expected, rtol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import spherical_optax as so
 
+from ..compiling import quick_jit
 from ..optimizers import SPHERES, TABLE, random_tree
 
 pytestmark = pytest.mark.parametrize("name", TABLE)
@@ -110,7 +111,7 @@ def test_chained(name):
     """After clipping and before another momentum, as in anybody's recipe."""
     tx = optax.chain(optax.clip_by_global_norm(1e-3), TABLE[name](0.01, SPHERES), optax.trace(0.5))
     params = random_tree(0)
-    updates, _ = jax.jit(tx.update)(random_tree(1), tx.init(params), params)
+    updates, _ = quick_jit(tx.update)(random_tree(1), tx.init(params), params)
     clipped, _ = optax.clip_by_global_norm(1e-3).update(random_tree(1), optax.EmptyState())
     alone = TABLE[name](0.01, SPHERES)
     _assert_equal(updates, alone.update(clipped, alone.init(params), params)[0])

@@ -23,11 +23,11 @@ def scan(tx, params, gradient, steps):
 
 
 @functools.cache
-def _compiled(factory, problem, grouping, leaves):
+def _compiled(factory, problem, grouping, leaves, jit):
     spheres = recorded.spheres(dict(grouping))
     gradient = recorded.gradient(problem)
 
-    @functools.partial(jax.jit, static_argnames="steps")
+    @functools.partial(jit, static_argnames="steps")
     def run(params, hyper, steps):
         tx = factory({leaf: spheres[leaf] for leaf in leaves}, **hyper)
         return scan(tx, params, gradient, steps)
@@ -35,7 +35,7 @@ def _compiled(factory, problem, grouping, leaves):
     return run
 
 
-def case(factory, case, leaves=None, **changes):
+def case(factory, case, leaves=None, jit=jax.jit, **changes):
     """Replays a recorded case.
 
     The hyper-parameters are arguments of the compiled function: one compilation serves all cases of
@@ -45,6 +45,7 @@ def case(factory, case, leaves=None, **changes):
       factory: (spheres, **hyper) -> GradientTransformation; the same object for the same optimizer.
       case: entry of the catalogue.
       leaves: the leaves to replay; all of them by default.
+      jit: what compiles the replay.
       **changes: hyper-parameters to replace.
     """
     leaves = tuple(leaves or case["grouping"])
@@ -52,7 +53,7 @@ def case(factory, case, leaves=None, **changes):
     if "betas" in hyper:
         hyper["b1"], hyper["b2"] = hyper.pop("betas")
     start = recorded.start(case["problem"])
-    run = _compiled(factory, case["problem"], tuple(case["grouping"].items()), leaves)
+    run = _compiled(factory, case["problem"], tuple(case["grouping"].items()), leaves, jit)
     steps = case["kept_steps"][-1]
     path = run({leaf: jnp.asarray(start[leaf]) for leaf in leaves}, hyper, steps)
     return {leaf: xs[jnp.asarray(case["kept_steps"])] for leaf, xs in path.items()}

@@ -9,6 +9,7 @@ import pytest
 
 import spherical_optax as so
 
+from ..compiling import quick_jit
 from . import reference, replay
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -94,7 +95,7 @@ def _compiled(kind):
     grads = jax.tree.map(jnp.asarray, _problem()[1])
 
     # Compiling is what takes the time here; the recorded cases are replayed with all optimisations.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @quick_jit
     def run(params, lr, weight_decay):
         tx = OPTIMIZERS[kind](lambda k: lr[k], SPHERES, weight_decay=lambda k: weight_decay[k])
         return replay.scan(tx, params, lambda k, _: {n: g[k] for n, g in grads.items()}, STEPS)

@@ -7,6 +7,7 @@ import pytest
 
 import spherical_optax as so
 
+from ..compiling import quick_jit
 from ..optimizers import TABLE, types
 
 P = jax.sharding.PartitionSpec
@@ -47,30 +48,22 @@ def _tree(seed, mesh, partition):
     return {"kernel": jax.device_put(_values(seed), sharding), "free": jnp.ones((4,))}
 
 
-def test_types_are_kept(name, layout, mesh):
+def test_types_are_kept_and_numbers_are_those_of_one_device(name, layout, mesh):
     partition, sphere = LAYOUTS[layout]
     tx = TABLE[name](0.01, {"kernel": sphere, "free": None}, weight_decay=0.1)
-    params, grads = _tree(0, mesh, partition), _tree(1, mesh, partition)
-    first = tx.init(params)
-    assert types(jax.jit(tx.init)(params)) == types(first)
-    updates, state = jax.jit(tx.update)(grads, first, params)
-    assert types(state) == types(first)
-    assert types(updates) == types(params)
-
-
-def test_numbers_are_those_of_one_device(name, layout, mesh):
-    partition, sphere = LAYOUTS[layout]
-    tx = TABLE[name](0.01, {"kernel": sphere, "free": None}, weight_decay=0.1)
-    params, state = _tree(0, mesh, partition), None
-    update = jax.jit(tx.update)
-    state = tx.init(params)
+    params = _tree(0, mesh, partition)
+    first = state = tx.init(params)
+    assert types(quick_jit(tx.init)(params)) == types(first)
+    update = quick_jit(tx.update)
     for seed in (1, 2):
         updates, state = update(_tree(seed, mesh, partition), state, params)
+        assert types(state) == types(first)
+        assert types(updates) == types(params)
 
     with jax.set_mesh(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])):
         params = {"kernel": jnp.asarray(_values(0)), "free": jnp.ones((4,))}
-        state = tx.init(params)
+        state, update = tx.init(params), quick_jit(tx.update)
         for seed in (1, 2):
             grads = {"kernel": jnp.asarray(_values(seed)), "free": jnp.ones((4,))}
-            expected, state = tx.update(grads, state, params)
+            expected, state = update(grads, state, params)
     np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=2e-5, atol=1e-7)
