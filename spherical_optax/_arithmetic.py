@@ -4,6 +4,7 @@ A None among the updates is what Equinox leaves out of the gradient: it stays No
 its parameter stays as it is.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,13 +19,14 @@ def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
         if g is None:
             return m
         g, m = jnp.asarray(g), jnp.asarray(m)
-        dtype = jnp.promote_types(g.dtype, m.dtype)
+        dtype = g.dtype if g.dtype.itemsize >= m.dtype.itemsize else m.dtype
         kept = (scalar(decay, m.dtype) * m).astype(dtype)
         return (scalar(gain, g.dtype) * g).astype(dtype) + kept
 
     return jax.tree.map(mix, updates, moment, is_leaf=lambda x: x is None)
 
 
+@functools.partial(jax.jit, inline=True)
 def debias(moment: Any, decay: Any, count: Any) -> Any:
     """m / (1 - decay^count), as `optax.tree.bias_correction` but for strict dtype promotion."""
     dtype = jnp.result_type(float)
