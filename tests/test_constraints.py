@@ -148,6 +148,12 @@ class TestEach:
         assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(dtype)}
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
+    @pytest.mark.usefixtures("standard_promotion")
+    def test_updates_come_back_in_the_dtype_of_the_parameters(self, make):
+        params = random_tree(0, dtype=jnp.bfloat16)
+        result = _update(make(SPHERES), random_tree(1), params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.bfloat16)}
+
 
 @pytest.mark.parametrize("radius", ["now", "", "Current"])
 def test_unknown_radius(radius):
