@@ -116,8 +116,8 @@ def retract(
     Source: the second line of AdamG*, section 3.2 of the paper.
     """
     named = radius in ("current", "initial") if isinstance(radius, str) else None
-    number = type(radius) in (int, float)
-    if named is False or radius is None or callable(radius) or (number and radius <= 0):
+    negative = isinstance(radius, int | float) and radius <= 0
+    if named is False or radius is None or callable(radius) or negative:
         raise ValueError(
             f"retract: radius is {radius!r}, not 'current', 'initial' or a positive number"
         )

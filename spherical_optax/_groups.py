@@ -99,7 +99,7 @@ class Groups:
         f: Callable[..., jax.Array],
         tree: Any,
         *rest: Any,
-        off: Callable[..., jax.Array] = lambda x, *_: x,
+        off: Callable[..., Any] = lambda x, *_: x,
     ) -> Any:
         """f over the leaves on spheres, in at least float32, and `off` over the others.
 
