@@ -1,6 +1,6 @@
 """What one optimizer step costs on a network's parameters, beside `optax.adam` in the same run.
 
-    python -m benchmarks.speed [--model resnet18] [--rounds 101] [--out FILE.json]
+    python -m benchmarks.speed [--model resnet18] [--rounds 101] [--weight-decay 1e-4] [--out FILE.json]
 
 Every step is jitted alone, with donated buffers, and takes its turn in every round: the ratios
 mean something on a noisy machine, the milliseconds do not.
@@ -24,17 +24,21 @@ from benchmarks.methods import METHODS, filter_spheres
 from benchmarks.models import MODELS
 from benchmarks.train import Parser, at_least, check_writable
 
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
-OPTAX = {
-    "optax.adam": optax.adam(LEARNING_RATE),
-    "optax.adamw": optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-    "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
-}
-OURS = {
-    f"so.{name}": METHODS[name].build(LEARNING_RATE, filter_spheres, 0.999, WEIGHT_DECAY)
-    for name in METHODS
-    if name != "adamw"  # made of the same blocks as so.adam
-}
+LEARNING_RATE = 1e-3
+
+
+def optimizers(weight_decay: float) -> dict[str, optax.GradientTransformation]:
+    optaxs = {
+        "optax.adam": optax.adam(LEARNING_RATE),
+        "optax.adamw": optax.adamw(LEARNING_RATE, weight_decay=weight_decay),
+        "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
+    }
+    ours = {
+        f"so.{name}": method.build(LEARNING_RATE, filter_spheres, 0.999, weight_decay)
+        for name, method in METHODS.items()
+        if name != "adamw"  # made of the same blocks as so.adam
+    }
+    return {**optaxs, **ours}
 
 
 class Step:
@@ -74,8 +78,8 @@ def network_shapes(model: str) -> Any:
     return jax.eval_shape(init, jax.random.key(0), images)["params"]
 
 
-def measure(shapes: Any, rounds: int) -> dict[str, dict[str, float]]:
-    steps = {name: Step(tx, shapes) for name, tx in {**OPTAX, **OURS}.items()}
+def measure(shapes: Any, rounds: int, weight_decay: float) -> dict[str, dict[str, float]]:
+    steps = {name: Step(tx, shapes) for name, tx in optimizers(weight_decay).items()}
     for step in steps.values():  # the first call touches memory for the first time
         step.run()
         step.seconds.clear()
@@ -118,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.speed", description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="resnet18")
     parser.add_argument("--rounds", type=at_least(int, 1), default=101)
+    help_text = "the L2 coefficient of ours; optax.adam has none"
+    parser.add_argument("--weight-decay", type=at_least(float, 0.0), default=1e-4, help=help_text)
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     args = parser.parse_args(argv)
     if args.out:
@@ -127,11 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--out {args.out}: {error.strerror}")
     shapes = network_shapes(args.model)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
-    rows = measure(shapes, args.rounds)
+    rows = measure(shapes, args.rounds, args.weight_decay)
     title = f"One step on {args.model}, {parameters:,} parameters; ratios are to optax.adam"
     Console().print(table(rows, title))
     if args.out:
-        command = f"python -m benchmarks.speed --model {args.model} --rounds {args.rounds}"
+        command = (
+            f"python -m benchmarks.speed --model {args.model} --rounds {args.rounds} "
+            f"--weight-decay {args.weight_decay}"
+        )
         content = {"command": command, "environment": report.environment(), "optimizers": rows}
         report.write_json(args.out, content)
         print(f"written: {args.out}")
