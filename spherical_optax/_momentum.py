@@ -193,9 +193,9 @@ class _Momentum:
         to working precision they do not, and the length is left alone.
         """
 
-        def factor(mm, before, now, xx, coming):
+        def factor(mm, before, now, xx, coming, m):
             old, new = mm - before * before, mm - now * now
-            tiny = 100 * jnp.finfo(mm.dtype).eps * mm
+            tiny = mm * max(100 * jnp.finfo(mm.dtype).eps, jnp.finfo(m.dtype).eps)
             # `coming` only has to be known: a sum over the parameters that nothing waited for would
             # make XLA copy them all before it overwrites them.
             there = (old > tiny) & (new > tiny) & (xx > 0) & jnp.isfinite(coming)
@@ -208,6 +208,7 @@ class _Momentum:
             _radial(moment, params, groups),
             geometry.dot(params, params, groups),
             coming,
+            moment,
         )
 
 

@@ -21,6 +21,7 @@ Arguments that all have in common:
   mu_dtype: dtype of the momentum; None takes the parameters'.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -362,6 +363,6 @@ VARIANTS = {
     "AdamST": adamst,
     "AdamSRT": adamsrt,
     "SGD": sgd,
-    "SGD-M": sgd,
+    "SGD-M": functools.partial(sgd, momentum=0.9),
     "SGD-MRT": sgd_mrt,
 }
