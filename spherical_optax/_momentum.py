@@ -195,7 +195,7 @@ class _Momentum:
 
         def factor(mm, before, now, xx, coming, m):
             old, new = mm - before * before, mm - now * now
-            tiny = mm * max(100 * jnp.finfo(mm.dtype).eps, jnp.finfo(m.dtype).eps)
+            tiny = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
             # `coming` only has to be known: a sum over the parameters that nothing waited for would
             # make XLA copy them all before it overwrites them.
             there = (old > tiny) & (new > tiny) & (xx > 0) & jnp.isfinite(coming)
