@@ -70,7 +70,7 @@ def _is_spec(x: Any) -> bool:
     return x is None or isinstance(x, Sphere)
 
 
-def _named_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tuple[Path, Any]], Any]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tuple[Path, Any]], Any]:
     """Leaves with their paths as strings; the path of a Flax `nnx.Variable` is that of its value.
 
     `nnx.Optimizer` initialises with variables and updates with bare arrays: the same path both times.
@@ -110,7 +110,7 @@ def spheres_where(
     """
     if not isinstance(sphere, Sphere):
         raise ValueError(f"spheres_where: sphere is {sphere!r}, not a Sphere")
-    leaves, treedef = _named_leaves(params, lambda x: x is None)
+    leaves, treedef = named_leaves(params, lambda x: x is None)
     if not callable(pattern):
         regex = re.compile(pattern)
         chosen = [bool(regex.search("/".join(path))) for path, _ in leaves]
@@ -154,10 +154,10 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     # An Equinox module is callable too, but no leaf.
     if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)
-    leaves, treedef = _named_leaves(tree, lambda x: x is None)
+    leaves, treedef = named_leaves(tree, lambda x: x is None)
     if all(leaf is None for _, leaf in leaves):  # nothing there, or a placeholder of optax's
         return Groups(treedef, [None] * len(leaves), [])
-    specs = dict(_named_leaves(spheres, _is_spec)[0])
+    specs = dict(named_leaves(spheres, _is_spec)[0])
     for path, spec in specs.items():
         if not _is_spec(spec):
             raise ValueError(f"spheres: {'/'.join(path)!r} is {spec!r}, neither a Sphere nor None")
@@ -212,7 +212,7 @@ def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: An
     def is_hole(x: Any) -> bool:
         return not jax.tree.leaves(x)
 
-    holes = [path for path, x in _named_leaves(tree, is_hole)[0] if is_hole(x)]
+    holes = [path for path, x in named_leaves(tree, is_hole)[0] if is_hole(x)]
     for path in extra:
         if not any(path[: len(hole)] == hole or hole[: len(path)] == path for hole in holes):
             raise ValueError(

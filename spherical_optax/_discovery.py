@@ -1,0 +1,99 @@
+"""Which parameters of a function are radially invariant, found by measurement."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spherical_optax._candidates import LARGER
+from spherical_optax._modules import Finding, split
+from spherical_optax._probes import Function
+from spherical_optax._spheres import Sphere, Spheres
+from spherical_optax._table import figure, table
+
+_logger = logging.getLogger("spherical_optax")
+
+# Gradients at the natural radius; then more, where each array that may be on a sphere is at LARGER
+# times its radius in all but two, and at the natural radius in those.
+NATURAL_PROBES = 4
+MIXED_PROBES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """The spheres that were found, and the evidence; prints as a table."""
+
+    spheres: Spheres
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "sphere", "radial figure", "at 10 x radius", "verdict")
+        rows = [
+            (f.path, f.shape, f.sphere or "", figure(f.natural), figure(f.large), f.verdict)
+            for f in self.findings
+        ]
+        return table(header, rows)
+
+
+def find_spheres(
+    fn: Callable[[Any], Any],
+    params: Any,
+    *,
+    key: jax.Array,
+    tol: float = 1e-2,
+    vectors: bool = False,
+) -> Spheres:
+    """TODO"""
+    survey = survey_spheres(fn, params, key=key, tol=tol, vectors=vectors)
+    for f in survey.findings:
+        if f.verdict == "undecided":
+            _logger.warning(
+                "find_spheres: %s of shape %s is undecided and left off the spheres: its radial "
+                "figure is %s, and %s at 10 times the radius",
+                *(f.path, f.shape, figure(f.natural), figure(f.large)),
+            )
+    return survey.spheres
+
+
+def survey_spheres(
+    fn: Callable[[Any], Any],
+    params: Any,
+    *,
+    key: jax.Array,
+    tol: float = 1e-2,
+    vectors: bool = False,
+) -> Survey:
+    """TODO"""
+    function = Function("find_spheres", fn, params)
+    modules = split(function.paths, function.arrays, vectors)
+    *keys, design_key = jax.random.split(key, NATURAL_PROBES + MIXED_PROBES + 1)
+
+    def probe(key: jax.Array, scaled: np.ndarray) -> None:
+        factors = [jnp.float32(LARGER if large else 1.0) for large in scaled]
+        x, g = function.gradient(function.arrays, factors, key)
+        for module in modules:
+            module.measure(x, g, scaled)
+
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite does not count
+        natural = np.zeros(len(function.arrays), bool)
+        for k in keys[:NATURAL_PROBES]:
+            probe(k, natural)
+        promising = set().union(*(m.promising() for m in modules))
+        if promising:
+            rng = np.random.default_rng(int(jax.random.bits(design_key)))
+            large = np.arange(MIXED_PROBES) < MIXED_PROBES - 2
+            design = np.stack([rng.permutation(large) for _ in natural], axis=1)
+            design &= [i in promising for i in range(len(natural))]
+            for k, scaled in zip(keys[NATURAL_PROBES:], design, strict=True):
+                probe(k, scaled)
+        specs: list[Sphere | None] = [None] * len(function.leaves)
+        findings = {}
+        for module in modules:
+            for i, finding in module.findings(tol):
+                specs[function.real[i]], findings[i] = finding.sphere, finding
+    spheres = jax.tree.unflatten(function.treedef, specs)
+    return Survey(spheres, tuple(findings[i] for i in sorted(findings)))
