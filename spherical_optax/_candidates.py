@@ -20,13 +20,10 @@ import numpy as np
 from spherical_optax._probes import dimensions
 from spherical_optax._spheres import Sphere
 
-# Radial figures of non-invariant groups scatter around 1. Two natural probes with most groups beyond
-# this, or one with that of many groups beyond 0.5, are a "no".
-CLEAR = 0.3
-MANY = 16
-# The larger radius, and the figure there up to which a candidate is neither "yes" nor "no".
+# How much larger the larger radius is.
 LARGER = 10.0
-CLOSE = 0.1
+# From so many groups on, the figures of one probe are a sample; of fewer, every probe has to agree.
+MANY = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +69,25 @@ def parts(shape: tuple[int, ...]) -> Iterator[Part]:
 
 
 class Evidence(NamedTuple):
-    """Radial figures of a candidate; in each the worst probe does not count."""
+    """Radial figures of a candidate, which scatter around 1 where groups are not invariant."""
 
-    natural: float  # at the natural radius, the median over the groups
+    natural: float  # at the natural radius, of a typical group
     large: float  # at LARGER times that, the root mean square over the groups
     worst: float  # and the largest
+    clear: float  # natural figures beyond this are a "no"
 
     def holds(self, tol: float) -> bool:
-        return self.large < tol and self.worst < 10 * tol and self.natural < CLEAR and self._agree(tol)
+        """Natural and larger radius agree.
 
-    def close(self) -> bool:
-        return self.large < CLOSE and self.natural < CLEAR
-
-    def _agree(self, tol: float) -> bool:
-        """What is left at the natural radius may be the eps of a normalisation layer, which falls with
-        the square of the radius; a branch that drowns its shortcut falls with the radius.
+        A figure that remains at the natural radius may be the eps of a normalisation layer: then it
+        falls with the square of the radius. If it is a branch that drowns its shortcut, or a softmax
+        that saturates, it falls with the radius.
         """
-        return self.natural < tol or self.large < self.natural * LARGER**-1.5
+        small = self.large < tol and self.worst < 10 * tol and self.natural < self.clear
+        return small and (self.natural < tol or self.large < 2 * self.natural / LARGER**2)
+
+    def close(self, tol: float) -> bool:
+        return self.large < 3 * tol and self.natural < self.clear
 
 
 @dataclasses.dataclass
@@ -128,33 +127,51 @@ class Candidate:
         figure[there] = radial[there] * math.sqrt(self.size) / influence[there]
         self.figures.append(figure.ravel())
         self.scaled.append(scaled)
-        if not scaled and np.isfinite(figure).any():
-            beyond = [m > CLEAR for m in self.natural_figures()]
-            clear = self.groups >= MANY and np.nanmedian(figure) > 0.5
-            self.alive = not clear and sum(beyond) < 2
+        if not scaled:
+            self.alive = not self._clearly_not()
 
-    def natural_figures(self) -> list[float]:
-        """The median over the groups, of each probe at the natural radius."""
+    @property
+    def _natural(self) -> np.ndarray:
+        """The median over the groups, of each probe at the natural radius that says something."""
         rows = [f for f, s in zip(self.figures, self.scaled, strict=True) if not s]
-        return [float(np.nanmedian(row)) for row in rows if np.isfinite(row).any()]
+        return np.array([np.nanmedian(row) for row in rows if np.isfinite(row).any()])
+
+    def _clearly_not(self) -> bool:
+        natural = self._natural
+        if self.groups >= MANY:
+            return bool((natural > 0.5).any() or (natural > 0.3).sum() > 1)
+        return bool((natural > 0.3).any())
+
+    @property
+    def measured(self) -> bool:
+        return self._natural.size > 0
 
     @functools.cached_property
     def evidence(self) -> Evidence:
-        natural = np.array(self.natural_figures() or [np.nan])
+        """Of many groups, the worst probe of each group and the odd probe do not count."""
+        many, natural = self.groups >= MANY, self._natural
+        if many:
+            typical, clear = (float(np.median(natural)) if natural.size else math.nan), 0.3
+        else:
+            typical, clear = (float(_rms(natural)) if natural.size else math.nan), 0.1
         rows = [f for f, s in zip(self.figures, self.scaled, strict=True) if s]
-        large = _second_largest(np.stack(rows)) if rows else np.array([np.nan])
+        large = _largest(np.stack(rows), but=int(many)) if rows else np.array([])
         large = large[np.isfinite(large)]
         if not large.size:
-            return Evidence(float(_second_largest(natural)), math.nan, math.nan)
-        rms = float(np.sqrt(np.mean(np.square(large))))
-        return Evidence(float(_second_largest(natural)), rms, float(large.max()))
+            return Evidence(typical, math.nan, math.nan, clear)
+        return Evidence(typical, _rms(large), float(large.max()), clear)
 
 
-def _second_largest(rows: np.ndarray) -> np.ndarray:
-    """Of each column, NaN aside; the largest where there is no other."""
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def _largest(rows: np.ndarray, but: int) -> np.ndarray:
+    """The largest of each column but so many, NaN aside; the smallest where there are no more."""
     ordered = -np.sort(-rows, axis=0)  # NaN last
-    second = ordered[1] if len(rows) > 1 else ordered[0]
-    return np.where(np.isnan(second), ordered[0], second)
+    there = np.isfinite(rows).sum(axis=0)
+    index = np.clip(np.minimum(but, there - 1), 0, None)
+    return np.take_along_axis(ordered, index[None], axis=0)[0]
 
 
 def candidates(arrays: dict[int, Any], vectors: bool) -> list[Candidate]:

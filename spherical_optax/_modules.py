@@ -57,7 +57,7 @@ class Module:
 
     def promising(self) -> set[int]:
         """The arrays that may be on a sphere, so far."""
-        return {i for c in self._candidates if c.alive and c.natural_figures() for i in c.parts}
+        return {i for c in self._candidates if c.alive and c.measured for i in c.parts}
 
     def findings(self, tol: float) -> Iterator[tuple[int, Finding]]:
         chosen = self._choose(tol)
@@ -65,7 +65,7 @@ class Module:
             where, shape = "/".join(self.paths[i]), array.shape
             if i in chosen:
                 c = chosen[i]
-                finer = [d for d in self._close() if d.parts.keys() == c.parts.keys() and d.size < c.size]
+                finer = [d for d in self._close(tol) if d.parts.keys() == c.parts.keys() and d.size < c.size]
                 verdict = "undecided" if finer else "sphere"
                 sphere = None if finer else c.parts[i].sphere(self._tie(c, chosen))
                 e = finer[0].evidence if finer else c.evidence
@@ -74,7 +74,7 @@ class Module:
             if self._influence[i] < NO_INFLUENCE:
                 yield i, Finding(where, shape, None, math.nan, math.nan, "no influence")
                 continue
-            close = [c for c in self._close() if i in c.parts and not c.parts.keys() & chosen.keys()]
+            close = [c for c in self._close(tol) if i in c.parts and not c.parts.keys() & chosen.keys()]
             if close:
                 e = min((c.evidence for c in close), key=lambda e: e.large)
                 yield i, Finding(where, shape, None, e.natural, e.large, "undecided")
@@ -95,8 +95,8 @@ class Module:
                 chosen |= dict.fromkeys(c.parts, c)
         return chosen
 
-    def _close(self) -> list[Candidate]:
-        return [c for c in self._candidates if c.alive and c.evidence.close()]
+    def _close(self, tol: float) -> list[Candidate]:
+        return [c for c in self._candidates if c.alive and c.evidence.close(tol)]
 
     def _tie(self, c: Candidate, chosen: dict[int, Candidate]) -> str | None:
         """The module's path, which no other tie of the tree has, or the arrays' own."""

@@ -1,10 +1,13 @@
 """What `find_spheres` and `check_spheres` look at: outputs and gradients at random points."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spherical_optax._groups import accurate
 from spherical_optax._spheres import named_leaves
@@ -15,9 +18,8 @@ class Function:
 
     Attributes:
       leaves: all leaves of the parameters, with their paths; `arrays` are those at `real`.
-      gradient: jitted; (arrays, factors, key) -> a random point times the factors, one per array,
-        and the gradient there of a random contraction of the outputs.
-      outputs: jitted; (arrays, key) -> the real outputs at a random point, which `point` returns.
+      outputs: jitted; arrays -> the real outputs.
+      gradient: jitted; arrays, key -> the gradient of a random contraction of the outputs.
     """
 
     def __init__(self, who: str, fn: Callable[[Any], Any], params: Any):
@@ -41,7 +43,6 @@ class Function:
                 f"{who}: fn(params) returns no real array; let it return logits, a loss or both"
             )
         self.gradient = jax.jit(self._gradient)
-        self.point = jax.jit(self._point)
         self.outputs = jax.jit(self._outputs)
 
     def _shapes(self) -> Any:
@@ -68,29 +69,20 @@ class Function:
         ]
         return [accurate(part) for part in parts if part.size]
 
-    def _point(
-        self, arrays: list[jax.Array], factors: list[jax.Array], key: jax.Array
-    ) -> list[jax.Array]:
-        keys = jax.random.split(key, len(arrays))
-        moved = [_perturbed(accurate(x), k) for x, k in zip(arrays, keys, strict=True)]
-        moved = [x * f.astype(x.dtype) for x, f in zip(moved, factors, strict=True)]
-        # What fn will round, in the end, is not the point to multiply the gradient with.
-        return [x.astype(d).astype(x.dtype) for x, d in zip(moved, self._dtypes, strict=True)]
+    def point(self, key: jax.Array, factors: Sequence[float]) -> list[jax.Array]:
+        """Random parameters, times a factor for each array."""
+        keys = jax.random.split(key, len(self.arrays))
+        columns = zip(self.arrays, keys, factors, self._dtypes, strict=True)
+        return [_point(x, k, np.float32(f), dtype) for x, k, f, dtype in columns]
 
-    def _gradient(
-        self, arrays: list[jax.Array], factors: list[jax.Array], key: jax.Array
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        point_key, key = jax.random.split(key)
-        point = self._point(arrays, factors, point_key)
-
+    def _gradient(self, point: list[jax.Array], key: jax.Array) -> list[jax.Array]:
         def contracted(x: list[jax.Array]) -> jax.Array:
             outputs = self._outputs(x)
             keys = jax.random.split(key, len(outputs))
-            return sum(
-                (_contracted(y, k) for y, k in zip(outputs, keys, strict=True)), jnp.zeros(())
-            )
+            parts = (_contracted(y, k) for y, k in zip(outputs, keys, strict=True))
+            return functools.reduce(operator.add, parts)
 
-        return point, jax.grad(contracted)(point)
+        return jax.grad(contracted)(point)
 
 
 def dimensions(x: Any) -> int:
@@ -104,6 +96,14 @@ def _is_real(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x) > 0
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _point(x: jax.Array, key: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
+    x = accurate(x)
+    x = factor.astype(x.dtype) * _perturbed(x, key)
+    # What fn will round is not the point to multiply its gradient with.
+    return x.astype(dtype).astype(x.dtype)
+
+
 def _perturbed(x: jax.Array, key: jax.Array) -> jax.Array:
     """A random point of about the same radius, where nothing is hidden behind a zero.
 
@@ -115,12 +115,13 @@ def _perturbed(x: jax.Array, key: jax.Array) -> jax.Array:
         # As of the usual initialisations, for arrays that start at zero or all but zero.
         usual = x.size ** (0.5 / dimensions(x) - 0.5)
         rms = jnp.sqrt(jnp.mean(jnp.square(x)))
-        rms = jnp.where(rms < 1e-3 * usual, usual, rms)
-        return x + rms * jax.random.normal(key, x.shape, x.dtype, **where)
+        hidden = rms < 1e-3 * usual
+        noise = jax.random.normal(key, x.shape, x.dtype, **where)
+        return jnp.where(hidden, usual * noise, (x + rms * noise) * 2**-0.5)
     # Entries keep their sign: a scale or a temperature may have to be positive.
     noise = jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0, **where)
     sign = jnp.where(x == 0, jnp.sign(noise), jnp.sign(x))
-    size = jnp.where(jnp.abs(x) < 0.1, 1.0, jnp.abs(x))
+    size = jnp.where(jnp.abs(x) < 0.1, 0.5, jnp.abs(x))
     return sign * size * (0.5 + jnp.abs(noise))
 
 
