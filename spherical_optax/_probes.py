@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from spherical_optax._groups import accurate
 from spherical_optax._spheres import named_leaves
@@ -18,6 +19,7 @@ class Function:
 
     Attributes:
       leaves: all leaves of the parameters, with their paths; `arrays` are those at `real`.
+      rounds: whether it computes in less than float32 on the way.
       outputs: jitted; arrays -> the real outputs.
       gradient: jitted; arrays, key -> the gradient of a random contraction of the outputs.
     """
@@ -38,22 +40,25 @@ class Function:
         if not self.arrays:
             raise ValueError(f"{who}: there are no real arrays among the parameters")
         self._dtypes = [accurate(x).dtype for x in self.arrays]
-        if not self._shapes():
+        traced = self._trace()
+        if not traced.out_avals:
             raise ValueError(
                 f"{who}: fn(params) returns no real array; let it return logits, a loss or both"
             )
-        self.gradient = jax.jit(self._gradient)
+        self.rounds = _low_precision(traced.jaxpr)
         self.outputs = jax.jit(self._outputs)
+        self.gradient = jax.jit(self._gradient)
 
-    def _shapes(self) -> Any:
-        """The outputs' shapes; settles whether `fn` takes low-precision parameters in float32."""
+    def _trace(self) -> Any:
+        """Settles whether `fn` takes low-precision parameters in float32."""
+        trace = jax.make_jaxpr(self._outputs)
         low = [x.dtype for x in self.arrays]
         if low != self._dtypes:
             try:
-                return jax.eval_shape(self._outputs, self.arrays)
+                return trace(self.arrays)
             except Exception:  # it mixes them with others of their dtype: whatever that raises
                 self._dtypes = low
-        return jax.eval_shape(self._outputs, self.arrays)
+        return trace(self.arrays)
 
     def _outputs(self, arrays: list[jax.Array]) -> list[jax.Array]:
         leaves = [leaf for _, leaf in self.leaves]
@@ -88,6 +93,20 @@ class Function:
 def dimensions(x: Any) -> int:
     """How many axes are longer than 1: a scale of shape (1, 1, 1, c) is a vector."""
     return sum(length > 1 for length in jnp.shape(x))
+
+
+def _low_precision(jaxpr: Any) -> bool:
+    """Whether anything is computed in less than float32."""
+
+    def low(aval: Any) -> bool:
+        dtype = getattr(aval, "dtype", None)
+        return dtype in (jnp.bfloat16, jnp.float16)
+
+    return any(
+        any(low(v.aval) for v in equation.outvars)
+        or any(map(_low_precision, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )
 
 
 def _is_real(x: Any) -> bool:
