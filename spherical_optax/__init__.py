@@ -11,6 +11,7 @@ from importlib.metadata import version
 from spherical_optax import geometry
 from spherical_optax._adamg_star import adamg_star
 from spherical_optax._discovery import find_spheres, survey_spheres
+from spherical_optax._check import check_spheres
 from spherical_optax._constraints import normalize, project, retract
 from spherical_optax._momentum import ema, trace
 from spherical_optax._optimizers import (

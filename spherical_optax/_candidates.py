@@ -203,6 +203,18 @@ class Sums:
         self._long = [axis for axis, length in enumerate(x.shape) if length > 1]
         self._cache: dict[Part, np.ndarray] = {}
 
+    @property
+    def influence(self) -> float:
+        """||x|| ||g||: how much the outputs may change, to first order, with the array's direction."""
+        _, xx, gg = self.of(Part(self._x.shape, ()))
+        return math.sqrt(xx * gg)
+
+    @property
+    def radial(self) -> float:
+        """The figure of the whole array."""
+        radial = self.of(Part(self._x.shape, ()))[0]
+        return abs(radial) * math.sqrt(self._x.size) / self.influence if self.influence > 0 else 0.0
+
     def of(self, part: Part) -> np.ndarray:
         """In the order of the part's index axes, with blocks summed: (3, *counts), float64."""
         if part not in self._cache:

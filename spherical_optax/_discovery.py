@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax._candidates import LARGER
 from spherical_optax._modules import Finding, split
-from spherical_optax._probes import Function
+from spherical_optax._probes import Function, fast_key
 from spherical_optax._spheres import Sphere, Spheres
 from spherical_optax._table import figure, table
 
@@ -77,9 +76,7 @@ def survey_spheres(
     if function.rounds:
         tol = max(tol, ROUNDING)
     modules = split(function.paths, function.arrays, vectors)
-    # Of all of JAX's generators this one compiles fastest: ten times so on a CPU.
-    key = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
-    keys = jax.random.split(key, NATURAL_PROBES + len(LINES))
+    keys = jax.random.split(fast_key("find_spheres", key), NATURAL_PROBES + len(LINES))
 
     def probe(key: jax.Array, scaled: np.ndarray) -> None:
         point_key, cotangent_key = jax.random.split(key)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from spherical_optax._candidates import Candidate, Part, Sums, candidates
+from spherical_optax._candidates import Candidate, Sums, candidates
 from spherical_optax._spheres import Path, Sphere
 
 # A gradient this small next to those of the other arrays of the module is rounding.
@@ -31,7 +31,7 @@ class Module:
     def __init__(self, paths: dict[int, Path], arrays: dict[int, jax.Array], vectors: bool):
         self.paths, self.arrays = paths, arrays
         self._influence: dict[int, float] = dict.fromkeys(arrays, 0.0)
-        self._whole: dict[int, list[float]] = {i: [] for i in arrays}
+        self._radial: dict[int, list[float]] = {i: [] for i in arrays}
         self._candidates = candidates(arrays, vectors)
         self._by_key = {c.key: c for c in self._candidates}
 
@@ -44,16 +44,11 @@ class Module:
             if candidate.alive:
                 largest = max(candidate.parts, key=lambda i: self.arrays[i].size)
                 candidate.measure(sums, bool(scaled[largest]))
-        influence = {}
-        for i, array in self.arrays.items():
-            radial, xx, gg = sums[i].of(Part(array.shape, ()))
-            influence[i] = math.sqrt(xx * gg)
-            if influence[i] > 0:
-                self._whole[i].append(abs(radial) * math.sqrt(array.size) / influence[i])
-        most = max(influence.values())
-        for i in self.arrays:
+        most = max(s.influence for s in sums.values())
+        for i, s in sums.items():
+            self._radial[i].append(s.radial)
             if most > 0:
-                self._influence[i] = max(self._influence[i], influence[i] / most)
+                self._influence[i] = max(self._influence[i], s.influence / most)
 
     def promising(self) -> set[int]:
         """The arrays that may be on a sphere, so far."""
@@ -79,7 +74,7 @@ class Module:
                 e = min((c.evidence for c in close), key=lambda e: e.large)
                 yield i, Finding(where, shape, None, e.natural, e.large, "undecided")
             else:
-                figure = float(np.median(self._whole[i]))
+                figure = float(np.median(self._radial[i]))
                 yield i, Finding(where, shape, None, figure, math.nan, "no")
 
     def _choose(self, tol: float) -> dict[int, Candidate]:

@@ -149,14 +149,25 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     """
     if isinstance(spheres, Groups):
         return spheres
+    leaves, treedef = named_leaves(tree, lambda x: x is None)
+    chosen = assigned(spheres, tree)
+    split = [
+        None if (spec := chosen[path]) is None else _leaf("/".join(path), spec, leaf)
+        for path, leaf in leaves
+    ]
+    return Groups(treedef, *_tied(chosen, split))
+
+
+def assigned(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
+    """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
     if spheres is Sphere:
         raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
     # An Equinox module is callable too, but no leaf.
     if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)
-    leaves, treedef = named_leaves(tree, lambda x: x is None)
+    leaves, _ = named_leaves(tree, lambda x: x is None)
     if all(leaf is None for _, leaf in leaves):  # nothing there, or a placeholder of optax's
-        return Groups(treedef, [None] * len(leaves), [])
+        return {path: None for path, _ in leaves}
     specs = dict(named_leaves(spheres, _is_spec)[0])
     for path, spec in specs.items():
         if not _is_spec(spec):
@@ -176,11 +187,7 @@ def match(spheres: Spheres, tree: Any) -> Groups:
         chosen[path] = None if where is None or leaf is None else specs[where]
     if extra := [path for path in specs if path not in used]:
         _check_holes(specs, extra, tree, chosen)
-    split = [
-        None if (spec := chosen[path]) is None else _leaf("/".join(path), spec, leaf)
-        for path, leaf in leaves
-    ]
-    return Groups(treedef, *_tied(chosen, split))
+    return chosen
 
 
 def _leaf(where: str, sphere: Sphere, array: Any) -> Leaf:

@@ -1,0 +1,205 @@
+"""Whether a function is invariant under the spheres that are declared, by the definition itself."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spherical_optax._candidates import Candidate, Part, Sums
+from spherical_optax._groups import Leaf
+from spherical_optax._probes import Function, fast_key
+from spherical_optax._spheres import Sphere, Spheres, assigned, match
+from spherical_optax._table import figure, table
+
+PROBES = 4
+POINTS = 2
+# Relative changes of fn up to this are rounding, or the eps of a normalisation layer at a tenth of
+# the radius; with bfloat16 on the way, rounding alone gives more.
+SMALL, SMALL_ROUNDED = 0.03, 0.15
+# At this many times the radius an eps matters less by its square, and a drowned shortcut by itself.
+DROWNING = 100.0
+# A gradient this small next to those of other arrays is rounding.
+NO_INFLUENCE = 1e-5
+
+
+class Check(NamedTuple):
+    """What was measured of one parameter array on spheres, together with those it is tied to."""
+
+    path: str
+    shape: tuple[int, ...]
+    sphere: Sphere
+    change: float  # the largest relative change of fn
+    cosine: float  # the largest |<x, g>| / (||x|| ||g||)
+    verdict: str
+    ok: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What `check_spheres` found; prints as a table."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether fn is invariant under all of the spheres."""
+        return all(check.ok for check in self.checks)
+
+    def assert_ok(self) -> None:
+        """Raises an AssertionError that names the parameters that are not invariant."""
+        if wrong := tuple(check for check in self.checks if not check.ok):
+            raise AssertionError(
+                f"fn is not invariant under these spheres:\n{CheckReport(wrong)}\nTake them off, or "
+                "let so.find_spheres find the right ones"
+            )
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "sphere", "change of fn", "radial cosine", "verdict")
+        rows = [
+            (c.path, c.shape, c.sphere, figure(c.change), figure(c.cosine), c.verdict)
+            for c in self.checks
+        ]
+        return table(header, rows) if rows else "no parameter is on a sphere"
+
+
+def check_spheres(
+    fn: Callable[[Any], Any], params: Any, spheres: Spheres, *, key: jax.Array
+) -> CheckReport:
+    """TODO"""
+    function = Function("check_spheres", fn, params)
+    specs = assigned(spheres, params)
+    units = _units(function, spheres, params)
+    gradient_key, key = jax.random.split(fast_key("check_spheres", key))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for k in jax.random.split(gradient_key, PROBES):
+            point_key, cotangent_key = jax.random.split(k)
+            x = function.point(point_key)
+            g = function.gradient(x, cotangent_key)
+            sums = {i: Sums(*pair) for i, pair in enumerate(zip(x, g, strict=True))}
+            for unit in units:
+                unit.measure(sums)
+        checks = {}
+        scaling = _Scaling(function, key)
+        for unit in units:
+            change, verdict = _judge(scaling, unit)
+            for i in unit.leaves:
+                path, array = function.paths[i], function.arrays[i]
+                spec = specs[path]
+                assert spec is not None
+                ok = verdict in OK
+                checks[i] = Check(
+                    "/".join(path), array.shape, spec, change, unit.cosine, verdict, ok
+                )
+    return CheckReport(tuple(checks[i] for i in sorted(checks)))
+
+
+OK = ("invariant", "invariant but for eps", "no influence")
+
+
+class _Unit:
+    """One array on spheres, or all those of a tie, by their index."""
+
+    def __init__(self, leaves: dict[int, Leaf]):
+        self.leaves, self.cosine, self.influence = leaves, 0.0, 0.0
+        self.candidate = Candidate({i: _part(leaf) for i, leaf in leaves.items()})
+
+    def measure(self, sums: dict[int, Sums]) -> None:
+        self.candidate.measure(sums, scaled=False)
+        cosines = self.candidate.figures[-1] / math.sqrt(self.candidate.size)
+        self.cosine = max([self.cosine, *cosines[np.isfinite(cosines)].tolist()])
+        most = max(s.influence for s in sums.values())
+        if most > 0:
+            here = max(sums[i].influence for i in self.leaves)
+            self.influence = max(self.influence, here / most)
+
+
+def _part(leaf: Leaf) -> Part:
+    """Axes of length 1 tell no groups apart."""
+    long = [(axis, count) for axis, count in zip(leaf.axes, leaf.counts, strict=True) if count > 1]
+    axes, counts = tuple(axis for axis, _ in long), tuple(count for _, count in long)
+    blocks = counts[-1] if axes and counts[-1] < leaf.shape[axes[-1]] else None
+    return Part(leaf.shape, axes, blocks)
+
+
+def _units(function: Function, spheres: Spheres, params: Any) -> list[_Unit]:
+    groups = match(spheres, params)
+    index = {flat: i for i, flat in enumerate(function.real)}
+    tied = [*groups.ties, *([i] for i in range(len(groups.leaves)) if not _in(i, groups.ties))]
+    units = [{index[i]: groups.leaves[i] for i in tie if i in index} for tie in tied]
+    return [
+        _Unit({i: leaf for i, leaf in unit.items() if leaf is not None})
+        for unit in units
+        if any(leaf is not None for leaf in unit.values())
+    ]
+
+
+def _in(i: int, ties: list[list[int]]) -> bool:
+    return any(i in tie for tie in ties)
+
+
+def _judge(scaling: "_Scaling", unit: _Unit) -> tuple[float, str]:
+    change = scaling.change(unit)
+    tangential = unit.candidate.evidence.natural < unit.candidate.evidence.clear
+    if not math.isfinite(change):
+        return change, "NOT FINITE"
+    if change > scaling.small:
+        # Not the eps of a normalisation layer: then this would have fallen by 1e4.
+        far = scaling.change(unit, DROWNING)
+        eps = far < min(scaling.small / 3, 3 * change / DROWNING**1.5)
+        return change, "invariant but for eps" if eps else "NOT INVARIANT"
+    if tangential:
+        return change, "invariant"
+    if unit.influence < NO_INFLUENCE:
+        return change, "no influence"
+    tiny = change < 1e-2 * scaling.change(unit, each=True)
+    return change, "GRADIENT NOT TANGENTIAL" if tiny else "NOT INVARIANT"
+
+
+class _Scaling:
+    """Relative changes of the outputs at random points, when one unit's groups are scaled."""
+
+    def __init__(self, function: Function, key: jax.Array):
+        self._function = function
+        self.small = SMALL_ROUNDED if function.rounds else SMALL
+        keys = jax.random.split(key, 2 * POINTS)
+        self._points = [function.point(k) for k in keys[:POINTS]]
+        self._before = [function.outputs(x) for x in self._points]
+        self._keys = keys[POINTS:]
+
+    def change(self, unit: _Unit, radius: float = 1.0, each: bool = False) -> float:
+        """The largest, over points and outputs; `each` scales every coordinate by a factor of its own."""
+        changes = []
+        for x, before, key in zip(self._points, self._before, self._keys, strict=True):
+            if radius != 1.0:
+                before = self._function.outputs(self._scaled(x, unit, radius, None, each))
+            after = self._function.outputs(self._scaled(x, unit, radius, key, each))
+            changes += [_relative(b, a) for b, a in zip(before, after, strict=True)]
+        return float(np.max(changes))
+
+    def _scaled(self, x: list[jax.Array], unit: _Unit, radius: float, key: Any, each: bool) -> Any:
+        x = list(x)
+        for i, leaf in unit.leaves.items():
+            if key is not None:
+                draw = jax.random.fold_in(key, i) if each else key  # tied arrays draw the same
+                x[i] = _scaled(x[i], draw, leaf, each)
+            x[i] = x[i] * np.asarray(radius, x[i].dtype)
+        return x
+
+
+@functools.partial(jax.jit, static_argnames=("leaf", "each"))
+def _scaled(x: jax.Array, key: jax.Array, leaf: Leaf, each: bool) -> jax.Array:
+    """Every group, or every coordinate, times a random factor in [1/10, 10]."""
+    shape = x.shape if each else leaf.counts
+    factors = 10.0 ** jax.random.uniform(key, shape, x.dtype, -1.0, 1.0)
+    return x * (factors if each else leaf.spread(leaf.unlisted(factors)))
+
+
+def _relative(before: jax.Array, after: jax.Array) -> float:
+    b, a = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    size, change = np.linalg.norm(b), np.linalg.norm(a - b)
+    return float(change / size) if size > 0 else float(change)
