@@ -10,9 +10,9 @@ from importlib.metadata import version
 
 from spherical_optax import geometry
 from spherical_optax._adamg_star import adamg_star
-from spherical_optax._discovery import find_spheres, survey_spheres
 from spherical_optax._check import check_spheres
 from spherical_optax._constraints import normalize, project, retract
+from spherical_optax._discovery import find_spheres, survey_spheres
 from spherical_optax._momentum import ema, trace
 from spherical_optax._optimizers import (
     VARIANTS,
@@ -38,7 +38,9 @@ __all__ = [
     "adams",
     "adamsrt",
     "adamst",
+    "check_spheres",
     "ema",
+    "find_spheres",
     "geometry",
     "normalize",
     "project",
@@ -48,5 +50,6 @@ __all__ = [
     "sgd",
     "sgd_mrt",
     "spheres_where",
+    "survey_spheres",
     "trace",
 ]

@@ -16,20 +16,27 @@ from spherical_optax._table import figure, table
 
 _logger = logging.getLogger("spherical_optax")
 
-# Gradients with everything at the natural radius; then seven, each with some of the arrays that may be
-# on a sphere at a larger radius. The lines of the Fano plane say which: every array is at the larger
-# radius in three, and two arrays (but every seventh) are there together in only one. Scaled together,
-# what is not invariant may look so: query and key of a softmax that saturates.
+# Gradients with everything at its natural radius; then seven, each with some of the arrays that may be
+# on a sphere at a larger one. The lines of the Fano plane say which: every array is there in three of
+# them, and two arrays (but every seventh) together in only one. Scaled together, what is not invariant
+# may look so: query and key of a softmax that saturates.
 NATURAL_PROBES = 3
 LINES = np.array([[(probe - array) % 7 in (0, 1, 3) for array in range(7)] for probe in range(7)])
 
-# What bfloat16 on the way leaves of a figure that would be zero; float16 leaves less.
+# What bfloat16 on the way leaves of a figure that would be zero.
 ROUNDING = 5e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The spheres that were found, and the evidence; prints as a table."""
+    """The spheres that were found, and the evidence; prints as a table.
+
+    Attributes:
+      spheres: a tree shaped like the parameters.
+      findings: for every real parameter array its `path`, `shape` and `sphere`, the radial figure at the
+        `natural` and the `large` radius, and the `verdict`: "sphere", "no", "no influence" (its
+        gradient vanishes: a bias in front of BatchNorm), "undecided" or "not finite".
+    """
 
     spheres: Spheres
     findings: tuple[Finding, ...]
@@ -51,15 +58,66 @@ def find_spheres(
     tol: float = 1e-2,
     vectors: bool = False,
 ) -> Spheres:
-    """TODO"""
+    r"""The finest spheres under which a function is radially invariant, measured.
+
+    By Lemma 1, [2], <grad L(x), x> = 0 on every invariant group, so one gradient shows the radial
+    derivative of all groups at once. At random points near `params`, with random contractions of the
+    outputs, the radial figure |<x, g>| sqrt(d) / (||x|| ||g||) of a group of d coordinates is about
+    |N(0, 1)|, unless the group is invariant: then it is rounding, and what the eps of a normalisation
+    layer leaves. Candidates are every choice of index axes, blocks of one of them, and ties among the
+    arrays of one module. A candidate is on spheres if its figure is below `tol` at ten times the radius,
+    where an eps is drowned, in each of three probes, and at the natural radius small in the other seven
+    (or falls from there as an eps does). Were its figures independent |N(0, 1)|, one of a single group
+    would pass with a probability below 1e-11, one of more groups with less.
+
+    Costs one compilation and at most ten gradients of `fn`.
+
+    Args:
+      fn: the function of the parameters that is trained: its outputs, logits or loss or any tree of
+        both, for one fixed batch. Everything as in training: BatchNorm in training mode, a fixed key for
+        dropout, real data or noise (constant images have no variance to normalise by). Not among the
+        outputs: new running statistics, which do depend on the scale of the weights.
+      params: the parameters, of any radius; zeros (a BatchNorm scale that starts at zero) are moved away
+        from zero before measuring. In bfloat16 or float16 they are handed to `fn` in float32 if it takes
+        them so.
+      key: random key.
+      tol: bound on the radial figure. Where `fn` computes in bfloat16 or float16 inside, at least 5e-2.
+      vectors: also find groups made of vectors alone. Scale and bias of a BatchNorm whose output goes
+        through ReLU and a layer without bias to the next normalisation are truly invariant together, but
+        usually left to plain Adam. Axes of length 1 do not make an array more than a vector.
+
+    Returns:
+      A tree shaped like `params` of `Sphere | None`: what every `spheres` argument takes. What lies
+      between yes and no is logged as a warning with its figure and left off the spheres; see
+      `survey_spheres` for the evidence.
+
+    Raises:
+      ValueError: if there are no real parameters, `fn` returns no real array, its gradient is finite
+        nowhere, or `tol` is not in (0, 1).
+
+    >>> x = jax.random.normal(jax.random.key(0), (32, 4))
+    >>> def fn(params):  # a dense layer and BatchNorm
+    ...     y = x @ params["kernel"] + params["bias"]
+    ...     return (y - y.mean(0)) / jnp.sqrt(y.var(0) + 1e-5)
+    >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    >>> find_spheres(fn, params, key=jax.random.key(1))
+    {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}
+
+    Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
+    """
     survey = survey_spheres(fn, params, key=key, tol=tol, vectors=vectors)
     for f in survey.findings:
-        if f.verdict == "undecided":
+        if f.verdict in ("undecided", "not finite"):
             _logger.warning(
-                "find_spheres: %s of shape %s is undecided and left off the spheres: its radial "
-                "figure is %s, and %s at 10 times the radius",
-                *(f.path, f.shape, figure(f.natural), figure(f.large)),
+                "find_spheres: %r of shape %s is %s and left off the spheres: its radial figure is %s "
+                "at its radius, %s at 10 times that (tol %g). If it is on one, give it a so.Sphere",
+                *(f.path, f.shape, f.verdict, figure(f.natural), figure(f.large), tol),
             )
+    if all(f.sphere is None for f in survey.findings):
+        _logger.warning(
+            "find_spheres: no parameter is on a sphere. If there is a normalisation layer: is it in "
+            "training mode in fn, and are the inputs other than constant?"
+        )
     return survey.spheres
 
 
@@ -71,34 +129,54 @@ def survey_spheres(
     tol: float = 1e-2,
     vectors: bool = False,
 ) -> Survey:
-    """TODO"""
+    """What `find_spheres` finds, with the figures of every parameter; prints as a table.
+
+    Arguments and errors as for `find_spheres`.
+
+    Returns:
+      A `Survey`: `.spheres` and `.findings`.
+
+    >>> x = jax.random.normal(jax.random.key(0), (32, 4))
+    >>> def fn(params):  # a dense layer and LayerNorm without a bias
+    ...     y = x @ params["kernel"]
+    ...     return params["scale"] * y / jnp.sqrt(jnp.mean(y**2, 1, keepdims=True) + 1e-6)
+    >>> params = {"kernel": jnp.ones((4, 3)), "scale": jnp.ones((1, 3))}
+    >>> [(f.path, f.verdict) for f in survey_spheres(fn, params, key=jax.random.key(1)).findings]
+    [('kernel', 'sphere'), ('scale', 'no')]
+
+    Source: as for `find_spheres`.
+    """
+    if not 0 < tol < 1:
+        raise ValueError(f"find_spheres: tol is {tol}, not in (0, 1)")
     function = Function("find_spheres", fn, params)
-    if function.rounds:
-        tol = max(tol, ROUNDING)
     modules = split(function.paths, function.arrays, vectors)
     keys = jax.random.split(fast_key("find_spheres", key), NATURAL_PROBES + len(LINES))
 
-    def probe(key: jax.Array, scaled: np.ndarray) -> None:
+    def probe(key: jax.Array, large: np.ndarray) -> None:
         point_key, cotangent_key = jax.random.split(key)
-        x = function.point(point_key, [LARGER if large else 1.0 for large in scaled])
+        x = function.point(point_key, np.where(large, LARGER, 1.0).tolist())
         g = function.gradient(x, cotangent_key)
         for module in modules:
-            module.measure(x, g, scaled)
+            module.measure(x, g, large)
 
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite does not count
         natural = np.zeros(len(function.arrays), bool)
         for k in keys[:NATURAL_PROBES]:
             probe(k, natural)
-        promising = sorted(set().union(*(m.promising() for m in modules)))
+        promising = sorted(set().union(*(module.promising() for module in modules)))
         if promising:
             design = np.zeros((len(LINES), len(natural)), bool)
             design[:, promising] = LINES[:, np.arange(len(promising)) % len(LINES)]
-            for k, scaled in zip(keys[NATURAL_PROBES:], design, strict=True):
-                probe(k, scaled)
-        specs: list[Sphere | None] = [None] * len(function.leaves)
-        findings = {}
-        for module in modules:
-            for i, finding in module.findings(tol):
-                specs[function.real[i]], findings[i] = finding.sphere, finding
-    spheres = jax.tree.unflatten(function.treedef, specs)
-    return Survey(spheres, tuple(findings[i] for i in sorted(findings)))
+            for k, large in zip(keys[NATURAL_PROBES:], design, strict=True):
+                probe(k, large)
+        tol = max(tol, ROUNDING) if function.rounds else tol
+        found = dict(sorted(pair for module in modules for pair in module.findings(tol)))
+    if all(f.verdict == "not finite" for f in found.values()):
+        raise ValueError(
+            "find_spheres: the gradient of fn is finite at none of ten random points near params; check "
+            "that fn(params) is finite, and for what it divides by or takes the root of"
+        )
+    specs: list[Sphere | None] = [None] * len(function.leaves)
+    for i, finding in found.items():
+        specs[function.real[i]] = finding.sphere
+    return Survey(jax.tree.unflatten(function.treedef, specs), tuple(found.values()))

@@ -120,7 +120,7 @@ def _low_precision(jaxpr: Any) -> bool:
 
 
 def _is_real(x: Any) -> bool:
-    if x is None or not hasattr(x, "dtype") and not isinstance(x, float):
+    if x is None or (not hasattr(x, "dtype") and not isinstance(x, float)):
         return False
     return jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x) > 0
 

@@ -226,7 +226,10 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         scan = nn.scan(
-            Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
+            Block,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=3,
         )
         x, _ = scan(self.norm, self.use_bias, name="layers")(x, None)
         return nn.Dense(5)(x)
@@ -240,7 +243,9 @@ def scanned_batchnorm() -> Family:
 
 
 def scanned_layernorm() -> Family:
-    return linen(Stack(nn.LayerNorm, True), X2, tied("layers/Dense_0", Sphere((-3,)), Sphere((-2,))))
+    return linen(
+        Stack(nn.LayerNorm, True), X2, tied("layers/Dense_0", Sphere((-3,)), Sphere((-2,)))
+    )
 
 
 def scanned_groupnorm() -> Family:

@@ -1,0 +1,110 @@
+"""Inner products of parameters and gradients over any choice of axes, reduced where the arrays are."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spherical_optax._spheres import Sphere
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One array split into groups, in normal form: no index axis of length 1, no single block."""
+
+    shape: tuple[int, ...]
+    axes: tuple[
+        int, ...
+    ]  # from the front, ascending, but an axis that is cut into blocks comes last
+    blocks: int | None = None
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many groups along each index axis."""
+        lengths = tuple(self.shape[axis] for axis in self.axes)
+        return lengths if self.blocks is None else (*lengths[:-1], self.blocks)
+
+    @property
+    def size(self) -> int:
+        """Coordinates per group."""
+        return math.prod(self.shape) // math.prod(self.counts)
+
+    def sphere(self, tie: str | None) -> Sphere:
+        return Sphere(tuple(axis - len(self.shape) for axis in self.axes), self.blocks, tie)
+
+    def coarser(self) -> list["Part"]:
+        """Without each of the index axes in turn; the last axis takes its blocks along."""
+        axes, last = self.axes, len(self.axes) - 1
+        return [
+            Part(self.shape, axes[:k] + axes[k + 1 :], self.blocks if k < last else None)
+            for k in range(len(axes))
+        ]
+
+
+class Sums:
+    """<x, g>, <x, x> and <g, g> of one array, over the groups of any part of it."""
+
+    def __init__(self, x: jax.Array, g: jax.Array):
+        self._x, self._g = x, g
+        self._unit, self._sums = _sums(x, g)
+        self._long = [axis for axis, length in enumerate(x.shape) if length > 1]
+        self._cache: dict[Part, np.ndarray] = {}
+
+    @functools.cached_property
+    def influence(self) -> float:
+        """||x|| ||g||: how much the outputs change with the direction of the array, to first order."""
+        _, xx, gg = self.of(Part(self._x.shape, ()))
+        return math.sqrt(xx * gg)
+
+    @functools.cached_property
+    def figure(self) -> float:
+        """|<x, g>| sqrt(d) / (||x|| ||g||) of the whole array."""
+        radial = abs(self.of(Part(self._x.shape, ()))[0])
+        return float(radial * math.sqrt(self._x.size) / self.influence) if radial > 0 else 0.0
+
+    def of(self, part: Part) -> np.ndarray:
+        """The three, in float64 on the host: shape (3, *part.counts)."""
+        if part not in self._cache:
+            self._cache[part] = self._of(part)
+        return self._cache[part]
+
+    def _of(self, part: Part) -> np.ndarray:
+        if part.blocks is not None:
+            whole = self.of(dataclasses.replace(part, blocks=None))
+            return whole.reshape(3, *part.counts, -1).sum(-1)
+        ascending = sorted(part.axes)
+        kept, unit = tuple(map(self._long.index, ascending)), float(self._unit)
+        if kept in self._sums:
+            sums = np.asarray(self._sums[kept], np.float64)
+        else:  # every entry of a matrix is a group: no reduction, so nothing to keep on the device
+            x, g = (np.asarray(y, np.float64).squeeze() for y in (self._x, self._g))
+            g = g / unit if unit > 0 else g
+            sums = np.stack([x * g, x * x, g * g])
+        sums = sums * np.reshape([unit, 1.0, unit**2], (3,) + (1,) * len(kept))
+        return sums.transpose(0, *(1 + ascending.index(axis) for axis in part.axes))
+
+
+@jax.jit
+def _sums(x: jax.Array, g: jax.Array) -> tuple[jax.Array, dict[tuple[int, ...], jax.Array]]:
+    """Sums by the axes that are kept, but for all of a matrix; g in units of its largest entry, so that
+    no square vanishes. Axes of length 1 do not count.
+    """
+    x, g = jnp.squeeze(x), jnp.squeeze(g)
+    unit = jnp.max(jnp.abs(g))
+    g = g / jnp.where(unit > 0, unit, 1.0)
+    every = tuple(range(x.ndim))
+    sums = {every: jnp.stack([x * g, x * x, g * g])}
+    for n in reversed(every):
+        for kept in itertools.combinations(every, n):
+            # From the smallest of those that keep one axis more.
+            wider = [tuple(sorted((*kept, axis))) for axis in every if axis not in kept]
+            wide = min(wider, key=lambda axes: math.prod(x.shape[axis] for axis in axes))
+            (axis,) = set(wide) - set(kept)
+            sums[kept] = jnp.sum(sums[wide], axis=1 + wide.index(axis))
+    if x.ndim > 1:
+        del sums[every]
+    return unit, sums
