@@ -16,7 +16,6 @@ from spherical_optax import Sphere
 
 FILTER = Sphere((-1,))
 LAYER = Sphere(())
-# A vector's only axis, and a kernel's last one, tied.
 KEY = jax.random.key(17)
 
 
@@ -184,7 +183,7 @@ class StandardizedConv(nn.Module):
         kernel = kernel * jax.lax.rsqrt(jnp.mean(kernel**2, (0, 1, 2), keepdims=True) + 1e-6)
         dims = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
-        return y + self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + self.param("bias", nn.initializers.zeros, (1, 1, 1, self.features))
 
 
 def weight_standardized() -> Family:
@@ -192,21 +191,21 @@ def weight_standardized() -> Family:
     return linen(Sequential(layers), X4, {"StandardizedConv_0/kernel": FILTER})
 
 
+Attention = partial(nn.MultiHeadDotProductAttention, 4)
+HEAD = Sphere((-2,))
+
+
 def query_key_norm() -> Family:
-    attention = partial(nn.SelfAttention, 4, normalize_qk=True)
-    kernel, bias = Sphere((-2,)), Sphere((-2,))
-    name = "MultiHeadDotProductAttention_0"
-    spheres = tied("SelfAttention_0/query", kernel, bias) | tied(
-        "SelfAttention_0/key", kernel, bias
-    )
-    del name
+    attention = partial(Attention, normalize_qk=True)
+    module = "MultiHeadDotProductAttention_0"
+    spheres = tied(f"{module}/query", HEAD, HEAD) | tied(f"{module}/key", HEAD, HEAD)
     return linen(Sequential((attention, partial(nn.Dense, 5))), images(4, 6, 16), spheres)
 
 
 def query_key_norm_without_bias() -> Family:
-    attention = partial(nn.SelfAttention, 4, normalize_qk=True, use_bias=False)
-    head = Sphere((-2,))
-    spheres = {"SelfAttention_0/query/kernel": head, "SelfAttention_0/key/kernel": head}
+    attention = partial(Attention, normalize_qk=True, use_bias=False)
+    module = "MultiHeadDotProductAttention_0"
+    spheres = {f"{module}/query/kernel": HEAD, f"{module}/key/kernel": HEAD}
     return linen(Sequential((attention, partial(nn.Dense, 5))), images(4, 6, 16), spheres)
 
 
@@ -236,8 +235,6 @@ class Stack(nn.Module):
 
 
 def scanned_batchnorm() -> Family:
-    # The next layer's BatchNorm makes scale and bias of all but the last irrelevant in length, not
-    # those of the last: so they are on no sphere.
     spheres = {"layers/Dense_0/kernel": Sphere((-3, -1))}
     return linen(Stack(Norm, True), X2, spheres)
 
@@ -279,7 +276,7 @@ class PreLN(nn.Module):
         x = nn.Embed(30, 16)(tokens)
         x += self.param("position", nn.initializers.normal(0.02), (1, tokens.shape[1], 16))
         for _ in range(self.layers):
-            x += nn.SelfAttention(4)(nn.LayerNorm()(x))
+            x += Attention()(nn.LayerNorm()(x))
             x += nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(x))))
         return nn.Dense(30)(nn.LayerNorm()(x))
 
@@ -305,7 +302,7 @@ def one_branch() -> Family:
 class PostLN(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.LayerNorm()(x + nn.SelfAttention(4)(x))
+        x = nn.LayerNorm()(x + Attention()(x))
         x = nn.LayerNorm()(x + nn.Dense(16)(nn.gelu(nn.Dense(32)(x))))
         return nn.Dense(5)(x)
 
