@@ -48,7 +48,7 @@ class Evidence(NamedTuple):
         return self.possible and self.large < tol and self.worst < 10 * tol and agree
 
     def close(self, tol: float) -> bool:
-        return self.possible and self.large < 3 * tol
+        return self.possible and self.large < 10 * tol
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from spherical_optax._candidates import Candidate, candidates
+from spherical_optax._candidates import MANY, Candidate, candidates
 from spherical_optax._spheres import Path, Sphere
 from spherical_optax._sums import Sums
 
@@ -44,8 +44,10 @@ class Module:
             self._influence[i].append(s.influence / most)
             self._radial[i].append(s.figure)
         for candidate in self._candidates:
+            # The eps of all filters of a layer may add up: few groups say nothing about finer ones.
             above = (self._by_key.get(key) for key in candidate.coarser)
-            candidate.alive = candidate.alive and all(c is None or c.alive for c in above)
+            if any(c is not None and c.groups >= MANY and not c.alive for c in above):
+                candidate.alive = False
             if candidate.alive:
                 largest = max(candidate.parts, key=lambda i: self.arrays[i].size)
                 candidate.measure(sums, bool(large[largest]))

@@ -1,5 +1,7 @@
 """Every family of the zoo: found, confirmed, a wrong declaration caught, and trained."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,14 @@ from .zoo import FAMILIES
 KEY = jax.random.key(0)
 
 
+@functools.cache
+def _made(name):
+    return FAMILIES[name]()
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    return FAMILIES[request.param]()
+    return _made(request.param)
 
 
 def by_path(tree):
