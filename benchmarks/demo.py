@@ -18,12 +18,12 @@ from rich.console import Console
 import spherical_optax as so
 from benchmarks import demo_grid, figures, report
 from benchmarks.data import load
-from benchmarks.demo_recipe import METHODS, RECIPE, make_trainer
+from benchmarks.demo_recipe import METHODS, RECIPE, make_model, make_trainer
 from benchmarks.loop import Run, Trainer
 from benchmarks.methods import METHODS as REGISTRY
-from benchmarks.methods import filter_spheres
 from benchmarks.progress import progress
 from benchmarks.significance import verdict
+from benchmarks.spheres import filter_spheres
 from benchmarks.train import Parser
 
 SEEDS = (0, 1, 2)
@@ -31,15 +31,11 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "demo"
 
 
-@jax.jit
-def filter_radii(params: Any) -> jax.Array:
-    """The radius of every filter of the network, in one vector."""
-    radii = so.geometry.norm(params, filter_spheres(params))
-    return jnp.concatenate([r.ravel() for r in jax.tree.leaves(radii)])
-
-
 def train(
-    trainer: Trainer, seed: int, advance: Callable[[Run], None]
+    trainer: Trainer,
+    seed: int,
+    filter_radii: Callable[[Any], jax.Array],
+    advance: Callable[[Run], None],
 ) -> tuple[Run, list[np.ndarray]]:
     """One run, and the filters' radii at its start and after each epoch."""
     radii = [np.asarray(filter_radii(trainer.init(seed).params))]
@@ -61,6 +57,15 @@ def run_demo(console: Console) -> None:
     start = time.perf_counter()
     data = load("digits")
     rates = demo_grid.chosen_rates()
+    spheres = filter_spheres(make_model(data), data.source.shape)
+    found = len(jax.tree.leaves(spheres))
+    console.print(f"Found by measurement: {found} arrays on spheres, one sphere per filter\n")
+
+    @jax.jit
+    def filter_radii(params: Any) -> jax.Array:
+        radii = jax.tree.leaves(so.geometry.norm(params, spheres))
+        return jnp.concatenate([r.ravel() for r in radii])
+
     results, radii = [], {}
     with progress(len(METHODS) * len(SEEDS) * RECIPE.epochs) as advance:
         for name in METHODS:
@@ -71,7 +76,7 @@ def run_demo(console: Console) -> None:
                 epoch, loss = len(run.train_loss), run.train_loss[-1]
                 advance(f"{label}, seed {run.seed}, epoch {epoch}: loss {loss:.4f}")
 
-            trained = [train(trainer, seed, show) for seed in SEEDS]
+            trained = [train(trainer, seed, filter_radii, show) for seed in SEEDS]
             memory = trainer.state_bytes_per_parameter
             runs = [run for run, _ in trained]
             results.append(report.Result(name, label, rates[name], memory, runs))

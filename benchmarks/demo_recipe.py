@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flax import linen as nn
+
 from benchmarks import protocol
 from benchmarks.data import DIGITS_TRAIN, DIGITS_VALIDATION, Dataset
 from benchmarks.loop import Trainer, steps_per_epoch
 from benchmarks.methods import make_optimizer
 from benchmarks.models import MODELS
+from benchmarks.spheres import filter_spheres
 
 METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
 
@@ -36,9 +39,15 @@ class Recipe:
 RECIPE = Recipe()
 
 
+def make_model(data: Dataset) -> nn.Module:
+    return MODELS["digits"](data.source.num_classes)
+
+
 def make_trainer(name: str, learning_rate: float, data: Dataset) -> Trainer:
     steps = RECIPE.epochs * steps_per_epoch(data, RECIPE.batch_size)
     schedule = protocol.step_schedule(learning_rate, steps)
     weight_decay = RECIPE.decoupled_decay if name == "adamw" else RECIPE.l2
-    tx = make_optimizer(name, schedule, RECIPE.b2, weight_decay)
-    return Trainer(MODELS["digits"](data.source.num_classes), data, tx, RECIPE.batch_size)
+    model = make_model(data)
+    spheres = filter_spheres(model, data.source.shape)
+    tx = make_optimizer(name, schedule, spheres, RECIPE.b2, weight_decay)
+    return Trainer(model, data, tx, RECIPE.batch_size)

@@ -1,7 +1,6 @@
 """The optimizers under comparison, by their name on the command line, in the paper's order."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,6 @@ import optax
 
 import spherical_optax as so
 from benchmarks import protocol
-from benchmarks.models import FILTERS
 
 Transformation = optax.GradientTransformation
 
@@ -19,13 +17,14 @@ class Method(NamedTuple):
     build: Callable[..., Transformation]  # learning_rate, spheres, b2, weight_decay
 
 
-filter_spheres = partial(so.spheres_where, pattern=FILTERS)
-
-
 def make_optimizer(
-    name: str, learning_rate: optax.ScalarOrSchedule, b2: float | None, weight_decay: float
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    spheres: Any,
+    b2: float | None,
+    weight_decay: float,
 ) -> Transformation:
-    return METHODS[name].build(learning_rate, filter_spheres, b2, weight_decay)
+    return METHODS[name].build(learning_rate, spheres, b2, weight_decay)
 
 
 def _adamw_on_spheres(
@@ -37,9 +36,7 @@ def _adamw_on_spheres(
     crush the BatchNorm scales), so the rest gets none.
     """
 
-    def on_spheres(params: Any) -> Any:
-        return jax.tree.map(lambda s: s is not None, spheres(params), is_leaf=lambda s: s is None)
-
+    on_spheres = jax.tree.map(lambda s: s is not None, spheres, is_leaf=lambda s: s is None)
     return optax.chain(
         so.quotient(so.ema(0.9), so.rms(b2)),
         optax.add_decayed_weights(weight_decay, mask=on_spheres),

@@ -12,9 +12,6 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-# The kernels on spheres, one per output channel: every convolution is followed by BatchNorm.
-FILTERS = r"Conv_\d+/kernel$"
-
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nn.Conv, use_bias=False, kernel_init=fan_in_uniform)
 Norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)

@@ -20,22 +20,24 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.methods import METHODS, filter_spheres
+from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
+from benchmarks.spheres import filter_spheres
 from benchmarks.train import Parser, at_least, check_writable
 
 LEARNING_RATE = 1e-3
+IMAGE = (32, 32, 3)
 
 
-def optimizers(weight_decay: float) -> dict[str, optax.GradientTransformation]:
+def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTransformation]:
     optaxs = {
         "optax.adam": optax.adam(LEARNING_RATE),
         "optax.adamw": optax.adamw(LEARNING_RATE, weight_decay=weight_decay),
         "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
     }
     ours = {
-        f"so.{name}": method.build(LEARNING_RATE, filter_spheres, 0.999, weight_decay)
-        for name, method in METHODS.items()
+        f"so.{name}": make_optimizer(name, LEARNING_RATE, spheres, 0.999, weight_decay)
+        for name in METHODS
         if name != "adamw"  # made of the same blocks as so.adam
     }
     return {**optaxs, **ours}
@@ -72,14 +74,18 @@ class Step:
         self.seconds.append(time.perf_counter() - start)
 
 
-def network_shapes(model: str) -> Any:
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+def network(model: str) -> tuple[Any, Any]:
+    """Shapes of the parameters, and their spheres."""
+    images = jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)
     init = functools.partial(MODELS[model](10).init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    return shapes, filter_spheres(MODELS[model](10), IMAGE)
 
 
-def measure(shapes: Any, rounds: int, weight_decay: float) -> dict[str, dict[str, float]]:
-    steps = {name: Step(tx, shapes) for name, tx in optimizers(weight_decay).items()}
+def measure(
+    shapes: Any, spheres: Any, rounds: int, weight_decay: float
+) -> dict[str, dict[str, float]]:
+    steps = {name: Step(tx, shapes) for name, tx in optimizers(spheres, weight_decay).items()}
     for step in steps.values():  # the first call touches memory for the first time
         step.run()
         step.seconds.clear()
@@ -131,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable(args.out.parent)
         except OSError as error:
             parser.error(f"--out {args.out}: {error.strerror}")
-    shapes = network_shapes(args.model)
+    shapes, spheres = network(args.model)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
-    rows = measure(shapes, args.rounds, args.weight_decay)
+    rows = measure(shapes, spheres, args.rounds, args.weight_decay)
     title = f"One step on {args.model}, {parameters:,} parameters; ratios are to optax.adam"
     Console().print(table(rows, title))
     if args.out:

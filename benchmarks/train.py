@@ -21,6 +21,7 @@ from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS, ImageSizeError
 from benchmarks.progress import progress
+from benchmarks.spheres import filter_spheres
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,8 +73,9 @@ def make_trainer(args: argparse.Namespace, values: protocol.Hyperparameters) -> 
     data = load(args.dataset, args.data_dir, args.limit)
     steps = args.epochs * steps_per_epoch(data, args.batch_size)
     schedule = protocol.step_schedule(values.learning_rate, steps)
-    tx = make_optimizer(args.optimizer, schedule, values.b2, values.weight_decay)
     model = MODELS[args.model](data.source.num_classes)
+    spheres = filter_spheres(model, data.source.shape)
+    tx = make_optimizer(args.optimizer, schedule, spheres, values.b2, values.weight_decay)
     return Trainer(model, data, tx, args.batch_size)
 
 

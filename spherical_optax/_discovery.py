@@ -43,10 +43,7 @@ class Survey:
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "sphere", "radial figure", "at 10 x radius", "verdict")
-        rows = [
-            (f.path, f.shape, f.sphere or "", figure(f.natural), figure(f.large), f.verdict)
-            for f in self.findings
-        ]
+        rows = [(f.path, f.shape, f.sphere, f.natural, f.large, f.verdict) for f in self.findings]
         return table(header, rows)
 
 

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
+import spherical_optax as so
 from benchmarks import data, demo_grid, models, protocol, report, train
 from benchmarks.augment import PADDING, random_crop_and_flip
 from benchmarks.demo_recipe import METHODS as DEMO_METHODS
 from benchmarks.loop import Run, Trainer
-from benchmarks.methods import METHODS, filter_spheres, make_optimizer
+from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.progress import LINES, progress
 from benchmarks.significance import verdict
+from benchmarks.spheres import filter_spheres
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -38,8 +41,15 @@ def test_published_model_sizes(name, convolutions, parameters):
     params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
-    on_spheres = jax.tree.leaves(filter_spheres(params))
-    assert len(on_spheres) == len(kernels) == convolutions
+    assert len(kernels) == convolutions
+
+
+def test_the_filters_are_found():
+    """Every convolution is followed by BatchNorm, and nothing else is on a sphere."""
+    found = flatten_dict(filter_spheres(models.MODELS["resnet20"](10), (32, 32, 3)))
+    filters = {path for path in found if path[-2].startswith("Conv_") and path[-1] == "kernel"}
+    assert found == {path: so.Sphere() if path in filters else None for path in found}
+    assert len(filters) == 21
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -201,7 +211,8 @@ def tiny_trainer(optimizer="adamsrt", **options):
     digits = data.load("digits")
     source = digits.source.__class__(**{**vars(digits.source), "augment": True})
     few = digits._replace(source=source, train=data.Split(*(a[:50] for a in digits.train)))
-    tx = make_optimizer(optimizer, protocol.step_schedule(1e-2, 12), 0.99, 1e-3)
+    spheres = filter_spheres(TINY(10), source.shape)
+    tx = make_optimizer(optimizer, protocol.step_schedule(1e-2, 12), spheres, 0.99, 1e-3)
     return Trainer(TINY(10), few, tx, 16, **options)
 
 

@@ -18,6 +18,18 @@ REQUIRED = inspect.Parameter.empty
 SIGNATURES = {
     "Sphere": ({"index_axes": (-1,), "blocks": None, "tie": None}, {}),
     "spheres_where": ({"params": REQUIRED, "pattern": REQUIRED, "sphere": so.Sphere()}, {}),
+    "find_spheres": (
+        {"fn": REQUIRED, "params": REQUIRED},
+        {"key": REQUIRED, "tol": 1e-2, "vectors": False},
+    ),
+    "survey_spheres": (
+        {"fn": REQUIRED, "params": REQUIRED},
+        {"key": REQUIRED, "tol": 1e-2, "vectors": False},
+    ),
+    "check_spheres": (
+        {"fn": REQUIRED, "params": REQUIRED, "spheres": REQUIRED},
+        {"key": REQUIRED},
+    ),
     "ema": (
         {"decay": REQUIRED, "spheres": None},
         {"transport": False, "rescale": False, "debias": True, "accumulator_dtype": None},

@@ -1,0 +1,26 @@
+"""The parameters of a network that are on spheres: its filters, found by measurement."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+import spherical_optax as so
+
+BATCH_SIZE = 16
+
+
+@functools.cache
+def filter_spheres(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    """Measured on noise, with BatchNorm in training mode."""
+    images = jax.random.normal(jax.random.key(0), (BATCH_SIZE, *image_shape))
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(1), images[:1])
+    params, batch_stats = variables["params"], variables["batch_stats"]
+
+    def logits(params: Any) -> Any:
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+    return so.find_spheres(logits, params, key=jax.random.key(2))
