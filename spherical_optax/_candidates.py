@@ -114,7 +114,7 @@ class Candidate:
         many = self.groups >= MANY
         clear = 0.3 if many else 0.1
         natural = (np.median if many else _rms)(self._typical()) if self._natural else math.nan
-        if not self._large:
+        if len(self._large) < 2:  # not finite, or without influence
             return Evidence(float(natural), math.nan, math.nan, clear)
         large = _largest(np.stack(self._large), but=1 if many else 0)
         return Evidence(float(natural), _rms(large), float(large.max()), clear)

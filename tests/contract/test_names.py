@@ -95,7 +95,8 @@ def test_signature(name):
     for keyword, default in keywords.items():
         assert parameters[keyword].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[keyword].default == default
-    assert all(parameters[k].default is not REQUIRED for k in set(parameters) - set(positional))
+    more = set(parameters) - set(positional) - set(keywords)
+    assert all(parameters[name].default is not REQUIRED for name in more)
 
 
 def test_all_names_are_listed():
