@@ -110,7 +110,11 @@ NETWORKS = {
     "equimo ViT": Network("equimo", _equimo("VisionTransformer", 32, **VIT), "(?!)", None),
     # LayerNorm follows the stem and the depthwise convolutions, over channels: kernel and bias tied.
     "equimo ConvNeXt": Network(
-        "equimo", _equimo("ConvNeXt", 64, **CONVNEXT), r"dwconv|blocks/0/downsample", LAYER, True
+        "equimo",
+        _equimo("ConvNeXt", 64, **CONVNEXT),
+        r"dwconv|blocks/0/downsample/conv",
+        LAYER,
+        True,
     ),
 }
 

@@ -26,7 +26,7 @@ MANY = 16
 
 
 class Evidence(NamedTuple):
-    """Radial figures of a candidate: around 1 for groups that are not invariant, else about 0."""
+    """Radial figures of a candidate: about |N(0, 1)| for groups that are not invariant, else 0."""
 
     natural: float  # at the natural radius, of a typical group
     large: float  # at LARGER times that, the root mean square over the groups
@@ -37,18 +37,19 @@ class Evidence(NamedTuple):
     def possible(self) -> bool:
         return self.natural < self.clear
 
-    def holds(self, tol: float) -> bool:
-        """Natural and larger radius agree.
+    def holds(self, tol: float, rounding: float) -> bool:
+        """Small at the larger radius, and natural and larger radius agree.
 
         What remains at the natural radius may be the eps of a normalisation layer, which falls with the
-        square of the radius. If it is a branch that drowns its shortcut, or a softmax that saturates,
-        then it falls with the radius.
+        square of the radius. If it is a branch that drowns its shortcut, or a nonlinearity that
+        saturates, then it falls with the radius.
         """
-        agree = self.natural < tol or self.large < 2 * self.natural / LARGER**2
+        agree = self.large < max(rounding, 2 * self.natural / LARGER**2)
         return self.possible and self.large < tol and self.worst < 10 * tol and agree
 
     def close(self, tol: float) -> bool:
-        return self.possible and self.large < 10 * tol
+        """Neither yes nor no; nor is what says nothing at the larger radius."""
+        return self.possible and not self.large >= 10 * tol
 
 
 @dataclasses.dataclass
@@ -81,18 +82,23 @@ class Candidate:
     def groups(self) -> int:
         return math.prod(next(iter(self.parts.values())).counts)
 
-    def measure(self, sums: dict[int, Sums], large: bool = False) -> np.ndarray:
-        """The figures |<x, g>| sqrt(d) / (||x|| ||g||) of one probe; NaN where g says nothing."""
+    def measure(self, sums: dict[int, Sums], large: bool = False) -> float:
+        """Takes in the figures |<x, g>| / ||x g|| of one probe, where g says something.
+
+        Returns the largest cosine |<x, g>| / (||x|| ||g||) of these groups.
+        """
         total = functools.reduce(operator.add, (sums[i].of(p) for i, p in self.parts.items()))
-        radial, influence = np.abs(total[0]).ravel(), np.sqrt(total[1] * total[2]).ravel()
+        radial, squares, xx, gg = total.reshape(4, -1)
+        influence = np.sqrt(squares)
         # Next to the others, the row of a token that never came and a dead filter are rounding.
-        there = influence > 1e-3 * np.sqrt(np.mean(np.square(influence)))
+        there = influence > 1e-3 * np.sqrt(np.mean(squares))
+        if not there.any():
+            return 0.0
         figures = np.full(radial.shape, np.nan)
-        figures[there] = radial[there] * math.sqrt(self.size) / influence[there]
-        if there.any():
-            (self._large if large else self._natural).append(figures)
-            self.alive = self.alive and not self._clearly_not()
-        return figures
+        figures[there] = np.abs(radial[there]) / influence[there]
+        (self._large if large else self._natural).append(figures)
+        self.alive = self.alive and not self._clearly_not()
+        return float(np.max(np.abs(radial[there]) / np.sqrt(xx[there] * gg[there])))
 
     def _clearly_not(self) -> bool:
         natural = self._typical()
@@ -136,8 +142,8 @@ def candidates(arrays: dict[int, Any], vectors: bool) -> list[Candidate]:
     """All candidates of one module's arrays, from the coarsest to the finest."""
     found = []
     options = {i: list(_parts(jnp.shape(x))) for i, x in arrays.items()}
-    # Kernel, recurrent kernel and bias; in a flat dict of many arrays no more than kernel and bias.
-    most = 3 if len(arrays) <= 8 else 2
+    # Up to all of a recurrent cell; in a flat dict of many arrays no more than kernel and bias.
+    most = 5 if len(arrays) <= 5 else 3 if len(arrays) <= 8 else 2
     for n in range(1, most + 1):
         for tied in itertools.combinations(arrays, n):
             if not vectors and all(dimensions(arrays[i]) < 2 for i in tied):

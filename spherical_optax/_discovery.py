@@ -23,8 +23,8 @@ _logger = logging.getLogger("spherical_optax")
 NATURAL_PROBES = 3
 LINES = np.array([[(probe - array) % 7 in (0, 1, 3) for array in range(7)] for probe in range(7)])
 
-# What bfloat16 on the way leaves of a figure that would be zero.
-ROUNDING = 5e-2
+# What rounding leaves of a figure that would be zero, in float32 and with bfloat16 on the way.
+ROUNDING, LOW_ROUNDING = 1e-4, 5e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +59,38 @@ def find_spheres(
 
     By Lemma 1, [2], <grad L(x), x> = 0 on every invariant group, so one gradient shows the radial
     derivative of all groups at once. At random points near `params`, with random contractions of the
-    outputs, the radial figure |<x, g>| sqrt(d) / (||x|| ||g||) of a group of d coordinates is about
-    |N(0, 1)|, unless the group is invariant: then it is rounding, and what the eps of a normalisation
-    layer leaves. Candidates are every choice of index axes, blocks of one of them, and ties among the
-    arrays of one module. A candidate is on spheres if its figure is below `tol` at ten times the radius,
-    where an eps is drowned, in each of three probes, and at the natural radius small in the other seven
-    (or falls from there as an eps does). Were its figures independent |N(0, 1)|, one of a single group
-    would pass with a probability below 1e-11, one of more groups with less.
+    outputs, the radial figure |sum(x g)| / sqrt(sum((x g)^2)) of a group is about |N(0, 1)|, unless the
+    group is invariant: then it is rounding, and what the eps of a normalisation layer leaves. (Where
+    entries are of one size it is the cosine of x and g times sqrt(d), which d, the number of
+    coordinates, does not make small; a bias among the weights of a kernel counts for what it does.)
+
+    Candidates are every choice of index axes, blocks of one of them, and ties among the arrays of one
+    module. One is on spheres if its figure is below `tol` at ten times the radius, where an eps is
+    drowned, in each of three probes, and small at the natural radius in the seven others, and if it
+    falls in between to rounding or as an eps does, with the square of the radius: what saturates, or
+    drowns a shortcut, falls with the radius. Were its figures independent |N(0, 1)|, a candidate of one
+    group would pass with a probability below 1e-12, of more groups with less.
 
     Costs one compilation and at most ten gradients of `fn`.
+
+    Not looked for: ties across modules, as of the two layers in LayerNorm(Dense(x) + Dense(y)), of more
+    than five arrays (three in a module of more than five arrays, two of more than eight), and arrays of
+    which only a part is on spheres. Since it is the gradient that is measured, a `stop_gradient` inside
+    a normalisation layer, as in batch renormalisation, may leave groups on spheres whose gradient is
+    tangential though the function is not invariant: `check_spheres` tells.
 
     Args:
       fn: the function of the parameters that is trained: its outputs, logits or loss or any tree of
         both, for one fixed batch. Everything as in training: BatchNorm in training mode, a fixed key for
-        dropout, real data or noise (constant images have no variance to normalise by). Not among the
-        outputs: new running statistics, which do depend on the scale of the weights.
+        dropout, a batch of eight or more of real data or noise (constant images have no variance to
+        normalise by, and two images no more than its sign). Not among the outputs: new running
+        statistics, which do depend on the scale of the weights.
       params: the parameters, of any radius; zeros (a BatchNorm scale that starts at zero) are moved away
         from zero before measuring. In bfloat16 or float16 they are handed to `fn` in float32 if it takes
         them so.
       key: random key.
-      tol: bound on the radial figure. Where `fn` computes in bfloat16 or float16 inside, at least 5e-2.
+      tol: bound on the radial figure. Where `fn` computes in bfloat16 or float16 inside, at least 5e-2;
+        rounding may then leave a bias that is tied undecided.
       vectors: also find groups made of vectors alone. Scale and bias of a BatchNorm whose output goes
         through ReLU and a layer without bias to the next normalisation are truly invariant together, but
         usually left to plain Adam. Axes of length 1 do not make an array more than a vector.
@@ -104,11 +116,22 @@ def find_spheres(
     """
     survey = survey_spheres(fn, params, key=key, tol=tol, vectors=vectors)
     for f in survey.findings:
-        if f.verdict in ("undecided", "not finite"):
+        if f.verdict == "not finite":
             _logger.warning(
-                "find_spheres: %r of shape %s is %s and left off the spheres: its radial figure is %s "
-                "at its radius, %s at 10 times that (tol %g). If it is on one, give it a so.Sphere",
-                *(f.path, f.shape, f.verdict, figure(f.natural), figure(f.large), tol),
+                "find_spheres: %r of shape %s is left off the spheres: its gradient is not finite at "
+                "any of the random points",
+                *(f.path, f.shape),
+            )
+        if f.verdict == "undecided":
+            _logger.warning(
+                "find_spheres: %r of shape %s is undecided and left off the spheres: its radial figure "
+                "is %s at its radius, %s at 10 times that. If it is on one, give it a so.Sphere",
+                *(
+                    f.path,
+                    f.shape,
+                    figure(f.natural) or "not finite",
+                    figure(f.large) or "not finite",
+                ),
             )
     if all(f.sphere is None for f in survey.findings):
         _logger.warning(
@@ -143,8 +166,8 @@ def survey_spheres(
 
     Source: as for `find_spheres`.
     """
-    if not 0 < tol < 1:
-        raise ValueError(f"find_spheres: tol is {tol}, not in (0, 1)")
+    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise ValueError(f"find_spheres: tol is {tol!r}, not a number in (0, 1)")
     function = Function("find_spheres", fn, params)
     modules = split(function.paths, function.arrays, vectors)
     keys = jax.random.split(fast_key("find_spheres", key), NATURAL_PROBES + len(LINES))
@@ -166,8 +189,9 @@ def survey_spheres(
             design[:, promising] = LINES[:, np.arange(len(promising)) % len(LINES)]
             for k, large in zip(keys[NATURAL_PROBES:], design, strict=True):
                 probe(k, large)
-        tol = max(tol, ROUNDING) if function.rounds else tol
-        found = dict(sorted(pair for module in modules for pair in module.findings(tol)))
+        rounding = LOW_ROUNDING if function.rounds else ROUNDING
+        tol = max(tol, rounding) if function.rounds else tol
+        found = dict(sorted(f for module in modules for f in module.findings(tol, rounding)))
     if all(f.verdict == "not finite" for f in found.values()):
         raise ValueError(
             "find_spheres: the gradient of fn is finite at none of ten random points near params; check "

@@ -56,11 +56,11 @@ class Module:
         """The arrays that may be on a sphere, so far."""
         return {i for c in self._candidates if c.promising for i in c.parts}
 
-    def findings(self, tol: float) -> Iterator[tuple[int, Finding]]:
-        chosen = self._choose(tol)
+    def findings(self, tol: float, rounding: float) -> Iterator[tuple[int, Finding]]:
+        chosen = self._choose(tol, rounding)
         close = [c for c in self._candidates if c.promising and c.evidence.close(tol)]
         for i, array in self.arrays.items():
-            sphere, natural, large = None, float(np.median(self._radial[i])), math.nan
+            sphere, natural, large = None, _median(self._radial[i]), math.nan
             if i in chosen:
                 c = chosen[i]
                 # Per filter, or per layer after all?
@@ -82,9 +82,9 @@ class Module:
             path = "/".join(self.paths[i])
             yield i, Finding(path, array.shape, sphere, natural, large, verdict)
 
-    def _choose(self, tol: float) -> dict[int, Candidate]:
+    def _choose(self, tol: float, rounding: float) -> dict[int, Candidate]:
         """The finest that hold, without overlap."""
-        holding = [c for c in self._candidates if c.promising and c.evidence.holds(tol)]
+        holding = [c for c in self._candidates if c.promising and c.evidence.holds(tol, rounding)]
         chosen: dict[int, Candidate] = {}
         for c in sorted(holding, key=lambda c: c.size):
             # A kernel is as invariant alone as with its bias if the bias does not matter. If it is less
@@ -104,6 +104,10 @@ class Module:
         if module and alone:
             return "/".join(module)
         return "+".join("/".join(self.paths[i]) for i in c.parts)
+
+
+def _median(figures: list[float]) -> float:
+    return float(np.nanmedian(figures)) if np.isfinite(figures).any() else math.nan
 
 
 def split(paths: list[Path], arrays: list[jax.Array], vectors: bool) -> list[Module]:

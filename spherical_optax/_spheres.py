@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -171,7 +172,8 @@ def assigned(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     specs = dict(named_leaves(spheres, _is_spec)[0])
     for path, spec in specs.items():
         if not _is_spec(spec):
-            raise ValueError(f"spheres: {'/'.join(path)!r} is {spec!r}, neither a Sphere nor None")
+            where = repr("/".join(path)) if path else "the whole tree"
+            raise ValueError(f"spheres: {where} is {reprlib.repr(spec)}, neither a Sphere nor None")
     chosen: dict[Path, Sphere | None] = {}
     used: set[Path] = set()
     for path, leaf in leaves:

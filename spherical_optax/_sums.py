@@ -46,7 +46,7 @@ class Part:
 
 
 class Sums:
-    """<x, g>, <x, x> and <g, g> of one array, over the groups of any part of it."""
+    """Sums of x g, (x g)^2, x^2 and g^2 of one array, over the groups of any part of it."""
 
     def __init__(self, x: jax.Array, g: jax.Array):
         self._x, self._g = x, g
@@ -56,18 +56,17 @@ class Sums:
 
     @functools.cached_property
     def influence(self) -> float:
-        """||x|| ||g||: how much the outputs change with the direction of the array, to first order."""
-        _, xx, gg = self.of(Part(self._x.shape, ()))
-        return math.sqrt(xx * gg)
+        """||x g||, entry by entry: how much the outputs change with the entries, to first order."""
+        return math.sqrt(self.of(Part(self._x.shape, ()))[1])
 
     @functools.cached_property
     def figure(self) -> float:
-        """|<x, g>| sqrt(d) / (||x|| ||g||) of the whole array."""
-        radial = abs(self.of(Part(self._x.shape, ()))[0])
-        return float(radial * math.sqrt(self._x.size) / self.influence) if radial > 0 else 0.0
+        """The radial figure |<x, g>| / ||x g|| of the whole array; NaN where the gradient vanishes."""
+        radial = abs(float(self.of(Part(self._x.shape, ()))[0]))
+        return radial / self.influence if self.influence > 0 else math.nan
 
     def of(self, part: Part) -> np.ndarray:
-        """The three, in float64 on the host: shape (3, *part.counts)."""
+        """The four, in float64 on the host: shape (4, *part.counts)."""
         if part not in self._cache:
             self._cache[part] = self._of(part)
         return self._cache[part]
@@ -75,7 +74,7 @@ class Sums:
     def _of(self, part: Part) -> np.ndarray:
         if part.blocks is not None:
             whole = self.of(dataclasses.replace(part, blocks=None))
-            return whole.reshape(3, *part.counts, -1).sum(-1)
+            return whole.reshape(4, *part.counts, -1).sum(-1)
         ascending = sorted(part.axes)
         kept, unit = tuple(map(self._long.index, ascending)), float(self._unit)
         if kept in self._sums:
@@ -83,8 +82,8 @@ class Sums:
         else:  # every entry of a matrix is a group: no reduction, so nothing to keep on the device
             x, g = (np.asarray(y, np.float64).squeeze() for y in (self._x, self._g))
             g = g / unit if unit > 0 else g
-            sums = np.stack([x * g, x * x, g * g])
-        sums = sums * np.reshape([unit, 1.0, unit**2], (3,) + (1,) * len(kept))
+            sums = np.stack([x * g, (x * g) ** 2, x * x, g * g])
+        sums = sums * np.reshape([unit, unit**2, 1.0, unit**2], (4,) + (1,) * len(kept))
         return sums.transpose(0, *(1 + ascending.index(axis) for axis in part.axes))
 
 
@@ -97,7 +96,7 @@ def _sums(x: jax.Array, g: jax.Array) -> tuple[jax.Array, dict[tuple[int, ...], 
     unit = jnp.max(jnp.abs(g))
     g = g / jnp.where(unit > 0, unit, 1.0)
     every = tuple(range(x.ndim))
-    sums = {every: jnp.stack([x * g, x * x, g * g])}
+    sums = {every: jnp.stack([x * g, jnp.square(x * g), x * x, g * g])}
     for n in reversed(every):
         for kept in itertools.combinations(every, n):
             # From the smallest of those that keep one axis more.

@@ -250,7 +250,10 @@ class TestVerdicts:
         params = {"w": normal(2, 12, 16), "bad": normal(3, 4, 4)}
         with caplog.at_level(logging.WARNING, "spherical_optax"):
             assert so.find_spheres(fn, params, key=KEY) == {"w": FILTER, "bad": None}
-        assert "'bad' of shape (4, 4) is not finite" in caplog.text
+        assert (
+            "'bad' of shape (4, 4) is left off the spheres: its gradient is not finite"
+            in caplog.text
+        )
 
 
 class TestVectors:
@@ -464,10 +467,12 @@ class TestErrors:
     def test_bad_input(self):
         fn, params = two_layers()
         cases = [
-            ((fn, params), {"tol": 0.0}, "tol is 0.0, not in"),
-            ((fn, params), {"tol": 2}, "tol is 2, not in"),
-            ((fn, params), {"key": 0}, "key is 0, not a jax.random.key"),
-            ((None, params), {}, "fn is None, not a function"),
+            ((fn, params), {"tol": 0.0}, "tol is 0.0, not a number in"),
+            ((fn, params), {"tol": 2}, "tol is 2, not a number in"),
+            ((fn, params), {"tol": "a"}, "tol is 'a', not a number in"),
+            ((fn, params), {"key": jax.random.split(KEY)}, "not one jax.random.key"),
+            ((fn, params), {"key": 0}, "key is 0, not one jax.random.key"),
+            ((None, params), {}, "fn is a NoneType, not a function"),
             ((fn, {}), {}, "no real arrays among the parameters"),
             ((fn, {"n": jnp.arange(3)}), {}, "no real arrays among the parameters"),
             ((fn, jax.eval_shape(lambda: params)), {}, "'first/kernel' is a ShapeDtypeStruct"),
