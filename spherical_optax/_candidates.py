@@ -30,6 +30,7 @@ class Evidence(NamedTuple):
 
     natural: float  # at the natural radius, of a typical group
     large: float  # at LARGER times that, the root mean square over the groups
+    typical: float  # and of a typical group
     worst: float  # and the largest
     clear: float  # a natural figure beyond this is a "no"
 
@@ -44,7 +45,7 @@ class Evidence(NamedTuple):
         square of the radius. If it is a branch that drowns its shortcut, or a nonlinearity that
         saturates, then it falls with the radius.
         """
-        agree = self.large < max(rounding, 2 * self.natural / LARGER**2)
+        agree = self.typical < max(rounding, 2 * self.natural / LARGER**2)
         return self.possible and self.large < tol and self.worst < 10 * tol and agree
 
     def close(self, tol: float) -> bool:
@@ -121,9 +122,10 @@ class Candidate:
         clear = 0.3 if many else 0.1
         natural = (np.median if many else _rms)(self._typical()) if self._natural else math.nan
         if len(self._large) < 2:  # not finite, or without influence
-            return Evidence(float(natural), math.nan, math.nan, clear)
+            return Evidence(float(natural), math.nan, math.nan, math.nan, clear)
         large = _largest(np.stack(self._large), but=1 if many else 0)
-        return Evidence(float(natural), _rms(large), float(large.max()), clear)
+        typical = float(np.median(large))
+        return Evidence(float(natural), _rms(large), typical, float(large.max()), clear)
 
 
 def _rms(x: Any) -> float:

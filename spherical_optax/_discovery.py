@@ -24,7 +24,7 @@ NATURAL_PROBES = 3
 LINES = np.array([[(probe - array) % 7 in (0, 1, 3) for array in range(7)] for probe in range(7)])
 
 # What rounding leaves of a figure that would be zero, in float32 and with bfloat16 on the way.
-ROUNDING, LOW_ROUNDING = 1e-4, 5e-2
+ROUNDING, LOW_ROUNDING = 2e-4, 5e-2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,20 @@ def test_a_gradient_that_is_stopped():
     assert so.survey_spheres(fn, params, key=KEY).spheres == {"w": None}
 
 
+def test_a_tangential_gradient_of_what_is_not_invariant():
+    """As in batch renormalisation, where running statistics take the place of those of the batch."""
+    params = {"w": normal(2, 12, 16)}
+
+    def fn(params):
+        y = X @ params["w"]
+        size = jnp.sqrt(jnp.mean(jnp.square(y), 0, keepdims=True))
+        return jnp.tanh(y / size * jax.lax.stop_gradient(size))
+
+    report = so.check_spheres(fn, params, so.find_spheres(fn, params, key=KEY), key=KEY)
+    assert verdicts(report) == {"w": "NOT INVARIANT (but gradient tangential)"}
+    assert not report.ok
+
+
 def test_not_finite():
     def fn(params):
         return jnp.log(params["w"] - 1e9)
@@ -172,6 +186,7 @@ def test_bad_input():
         ((fn, params, so.Sphere((3,))), "axis 3 is out of range"),
         ((fn, params, {"first": FILTER}), "no entry for the parameter 'head/kernel'"),
         ((fn, params, so.Sphere), "the class Sphere"),
+        ((fn, params, "w"), "the whole tree is 'w', neither a Sphere nor None"),
         ((3, params, FILTER), "check_spheres: fn is a int, not a function"),
         ((lambda p: None, params, None), "check_spheres: .* returns no real array"),
         ((fn, {}, None), "check_spheres: there are no real arrays"),

@@ -177,6 +177,46 @@ class TestTraps:
             survey = so.survey_spheres(fn, params, key=jax.random.key(seed))
             assert found(survey) == {}, f"\n{survey}"
 
+    @pytest.mark.parametrize("size", [30.0, 100.0, 300.0])
+    def test_saturation_at_the_natural_radius(self, size):
+        """Raw features drive a tanh to its limits, where it hardly sees the length of the weights."""
+        params = {"kernel": normal(2, 12, 64), "bias": jnp.zeros((1, 64)), "head": normal(3, 64, 5)}
+        x = size * jax.random.normal(KEY, (128, 12))
+
+        def fn(params):
+            return jnp.tanh(x @ params["kernel"] + params["bias"]) @ params["head"]
+
+        for seed in range(3):
+            survey = so.survey_spheres(fn, params, key=jax.random.key(seed))
+            assert found(survey) == {}, f"\n{survey}"
+
+    def test_a_shortcut_drowned_at_the_natural_radius(self):
+        """Raw pixels in front of a residual block with LayerNorm in its branch."""
+        params = {"stem": {"kernel": normal(2, 48, 32), "bias": jnp.zeros((1, 32))}}
+        params |= {"branch": {"in": normal(3, 32, 64), "out": normal(4, 64, 32)}}
+        x = 255 * jax.random.uniform(KEY, (64, 48))
+
+        def fn(params):
+            h = x @ params["stem"]["kernel"] + params["stem"]["bias"]
+            h += jax.nn.gelu(layernorm(h) @ params["branch"]["in"]) @ params["branch"]["out"]
+            return jax.nn.relu(layernorm(h))
+
+        for seed in range(3):
+            survey = so.survey_spheres(fn, params, key=jax.random.key(seed))
+            assert found(survey) == {}, f"\n{survey}"
+
+    @pytest.mark.parametrize("std", [2e-3, 5e-4])
+    def test_a_bias_without_influence_dilutes_nothing(self, std):
+        """Kernels so small that the eps matters, and a bias that does not."""
+        params = {"kernel": std * jax.random.normal(KEY, (12, 64)), "bias": jnp.zeros((1, 64))}
+
+        def fn(params):
+            return jnp.tanh(batchnorm(X @ params["kernel"] + params["bias"]))
+
+        for seed in range(3):
+            survey = so.survey_spheres(fn, params, key=jax.random.key(seed))
+            assert found(survey) == ({"kernel": FILTER} if std > 1e-3 else {}), f"\n{survey}"
+
 
 class TestVerdicts:
     def test_no_influence(self):
@@ -319,6 +359,19 @@ class TestTrees:
         spheres = so.find_spheres(fn, params, key=KEY)
         assert set(spheres.values()) == {so.Sphere((), tie="bias+h+i")}
 
+    def test_a_cell_with_two_biases(self):
+        """LayerNorm over each of its four gates."""
+        params = {"wi": normal(2, 12, 32), "wh": normal(3, 6, 32)}
+        params |= {"bi": jnp.zeros((1, 32)), "bh": jnp.zeros((1, 32))}
+        h = jax.random.normal(jax.random.key(9), (32, 6))
+
+        def fn(params):
+            y = X @ params["wi"] + params["bi"] + h @ params["wh"] + params["bh"]
+            return jnp.tanh(layernorm(y.reshape(32, 4, 8)))
+
+        spheres = so.find_spheres(fn, params, key=KEY)
+        assert set(spheres.values()) == {so.Sphere((-1,), blocks=4, tie="bh+bi+wh+wi")}
+
     def test_a_single_array(self):
         assert so.find_spheres(lambda w: batchnorm(X @ w), normal(2, 12, 16), key=KEY) == FILTER
 
@@ -385,6 +438,31 @@ class TestPrecision:
         assert spheres == {"w": FILTER}
         so.check_spheres(fn, params, spheres, key=KEY).assert_ok()
         assert not so.check_spheres(fn, params, {"w": so.Sphere((-2, -1))}, key=KEY).ok
+
+    def test_bias_in_bfloat16(self):
+        """GroupNorm after a layer with a bias, all of it in bfloat16."""
+        params = {"kernel": normal(2, 12, 32), "bias": jnp.zeros((1, 32))}
+
+        def fn(params):
+            kernel, bias = (params[name].astype(jnp.bfloat16) for name in ("kernel", "bias"))
+            y = X.astype(jnp.bfloat16) @ kernel + bias
+            return jax.nn.relu(layernorm(y.reshape(32, 4, 8)))
+
+        spheres = so.find_spheres(fn, params, key=KEY)
+        assert set(spheres.values()) == {so.Sphere((-1,), blocks=4, tie="bias+kernel")}
+        so.check_spheres(fn, params, spheres, key=KEY).assert_ok()
+
+    def test_loss_in_float16(self):
+        """The gradient of a mean over many outputs is tiny: not to vanish in float16."""
+        params = {"kernel": normal(2, 12, 32), "head": normal(3, 32, 4)}
+        x = jax.random.normal(KEY, (512, 12)).astype(jnp.float16)
+
+        def fn(params):
+            kernel, head = (params[name].astype(jnp.float16) for name in ("kernel", "head"))
+            y = batchnorm((x @ kernel).astype(jnp.float32)).astype(jnp.float16)
+            return jnp.mean(jnp.square((jax.nn.relu(y) @ head).astype(jnp.float32)))
+
+        assert so.find_spheres(fn, params, key=KEY) == {"kernel": FILTER, "head": None}
 
 
 class TestCost:
@@ -478,11 +556,17 @@ class TestErrors:
             ((fn, jax.eval_shape(lambda: params)), {}, "'first/kernel' is a ShapeDtypeStruct"),
             ((lambda p: jnp.arange(3), params), {}, "returns no real array"),
             ((lambda p: None, params), {}, "returns no real array"),
+            ((params, fn), {}, "fn is a dict, not a function"),
             ((lambda p: fn(p) / 0.0, params), {}, "finite at none of ten random points"),
         ]
         for args, kwargs, message in cases:
             with pytest.raises(ValueError, match=message):
                 so.find_spheres(*args, **{"key": KEY, **kwargs})
+
+    def test_inside_of_jit(self):
+        fn, params = two_layers()
+        with pytest.raises(ValueError, match="'first/kernel' is traced; call find_spheres outside"):
+            jax.jit(lambda p: fn(p) if so.find_spheres(fn, p, key=KEY) else 0)(params)
 
     def test_the_functions_own_errors_come_through(self):
         with pytest.raises(KeyError, match="other"):
