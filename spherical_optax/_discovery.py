@@ -107,8 +107,8 @@ def find_spheres(
     >>> x = jax.random.normal(jax.random.key(0), (32, 4))
     >>> def fn(params):  # a dense layer and BatchNorm
     ...     y = x @ params["kernel"] + params["bias"]
-    ...     return (y - y.mean(0)) / jnp.sqrt(y.var(0) + 1e-5)
-    >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    ...     return (y - y.mean(0, keepdims=True)) / jnp.sqrt(y.var(0, keepdims=True) + 1e-5)
+    >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros((1, 3))}
     >>> find_spheres(fn, params, key=jax.random.key(1))
     {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}
 

@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import spherical_optax as so
-from benchmarks import data, demo_grid, models, protocol, report, train
+from benchmarks import data, demo_grid, discovery, models, protocol, report, train
 from benchmarks.augment import PADDING, random_crop_and_flip
 from benchmarks.demo_recipe import METHODS as DEMO_METHODS
 from benchmarks.loop import Run, Trainer
@@ -50,6 +50,17 @@ def test_the_filters_are_found():
     filters = {path for path in found if path[-2].startswith("Conv_") and path[-1] == "kernel"}
     assert found == {path: so.Sphere() if path in filters else None for path in found}
     assert len(filters) == 21
+
+
+def test_networks_that_others_wrote():
+    mlp = discovery.NETWORKS["haiku MLP"]
+    row = discovery.measure(mlp)
+    assert row is not None
+    assert (row["arrays"], row["on_spheres"], row["wrong"]) == (6, 0, [])
+    wrong = discovery.measure(mlp._replace(spheres="linear_0/w", kind=so.Sphere()))
+    assert wrong is not None
+    assert len(wrong["wrong"]) == 1
+    assert discovery.measure(mlp._replace(package="no_such_package")) is None
 
 
 # --- data -------------------------------------------------------------------------------------
