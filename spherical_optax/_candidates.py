@@ -59,9 +59,8 @@ class Candidate:
 
     parts: dict[int, Part]
     alive: bool = True  # no clear "no" so far
-    _natural: list[np.ndarray] = dataclasses.field(
-        default_factory=list
-    )  # per probe, of every group
+    # The figures of every group, a row per probe.
+    _natural: list[np.ndarray] = dataclasses.field(default_factory=list)
     _large: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
