@@ -20,7 +20,7 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks import report
-from benchmarks.train import Parser, check_writable
+from benchmarks.train import Parser
 
 KEY = jax.random.key(0)
 
@@ -188,10 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     args = parser.parse_args(argv)
     if args.out:
-        try:
-            check_writable(args.out.parent)
-        except OSError as error:
-            parser.error(f"--out {args.out}: {error.strerror}")
+        parser.require_writable(args.out, args.out.parent)
     console, rows = Console(), {}
     for name, network in NETWORKS.items():
         rows[name] = measure(network)

@@ -23,7 +23,7 @@ from benchmarks import report
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
 from benchmarks.spheres import filter_spheres
-from benchmarks.train import Parser, at_least, check_writable
+from benchmarks.train import Parser, at_least
 
 LEARNING_RATE = 1e-3
 IMAGE = (32, 32, 3)
@@ -133,10 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     args = parser.parse_args(argv)
     if args.out:
-        try:
-            check_writable(args.out.parent)
-        except OSError as error:
-            parser.error(f"--out {args.out}: {error.strerror}")
+        parser.require_writable(args.out, args.out.parent)
     shapes, spheres = network(args.model)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     rows = measure(shapes, spheres, args.rounds, args.weight_decay)

@@ -29,6 +29,15 @@ class Parser(argparse.ArgumentParser):
         """One line, without the usage."""
         self.exit(2, f"error: {message}\n")
 
+    def require_writable(self, out: Path, folder: Path) -> None:
+        """Fails now rather than after hours of training."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            self.error(f"--out {out}: {error.strerror}")
+
 
 def at_least(
     kind: Callable[[str], float], minimum: float, below: float = math.inf
@@ -60,13 +69,6 @@ def make_parser() -> Parser:
     for name, below in (("--learning-rate", math.inf), ("--weight-decay", math.inf), ("--b2", 1.0)):
         add(name, type=at_least(float, 0.0, below), help="default: the paper's")
     return parser
-
-
-def check_writable(folder: Path) -> None:
-    """Fails now rather than after hours of training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def make_trainer(args: argparse.Namespace, values: protocol.Hyperparameters) -> Trainer:
@@ -109,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = protocol.hyperparameters(args.dataset, args.model, args.optimizer)
     given = {name: getattr(args, name) for name in values._fields}
     values = values._replace(**{name: v for name, v in given.items() if v is not None})
-    try:
-        check_writable(args.out)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
+    parser.require_writable(args.out, args.out)
     try:
         trainer = make_trainer(args, values)
     except (DataError, ImageSizeError) as error:

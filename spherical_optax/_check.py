@@ -11,6 +11,7 @@ import numpy as np
 
 from spherical_optax._candidates import Candidate
 from spherical_optax._groups import Leaf
+from spherical_optax._modules import NO_INFLUENCE
 from spherical_optax._probes import Function, fast_key
 from spherical_optax._spheres import Sphere, Spheres, assigned, match
 from spherical_optax._sums import Part, Sums
@@ -23,8 +24,6 @@ ROUNDING, LOW_ROUNDING = 1e-3, 0.15
 OK = ("invariant", "invariant but for eps", "no influence")
 # At this many times the radius an eps matters less by its square, and a drowned shortcut by itself.
 DROWNING = 100.0
-# A gradient this small next to those of other arrays is rounding.
-NO_INFLUENCE = 1e-5
 
 
 class Check(NamedTuple):
@@ -115,8 +114,10 @@ def check_spheres(
     specs = assigned(spheres, params)
     units = _units(function, spheres, params)
     gradient_key, key = jax.random.split(fast_key("check_spheres", key))
+    if not units:
+        return CheckReport(())
     with np.errstate(invalid="ignore", over="ignore"):
-        for k in jax.random.split(gradient_key, PROBES if units else 0):
+        for k in jax.random.split(gradient_key, PROBES):
             point_key, cotangent_key = jax.random.split(k)
             x = function.point(point_key)
             g = function.gradient(x, cotangent_key)

@@ -11,7 +11,7 @@ from spherical_optax._candidates import MANY, Candidate, candidates
 from spherical_optax._spheres import Path, Sphere
 from spherical_optax._sums import Sums
 
-# A gradient this small next to those of the other arrays of the module is rounding.
+# A gradient this small next to those of other arrays is rounding.
 NO_INFLUENCE = 1e-5
 
 

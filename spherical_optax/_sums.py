@@ -17,9 +17,8 @@ class Part:
     """One array split into groups, in normal form: no index axis of length 1, no single block."""
 
     shape: tuple[int, ...]
-    axes: tuple[
-        int, ...
-    ]  # from the front, ascending, but an axis that is cut into blocks comes last
+    # From the front, ascending, but an axis that is cut into blocks comes last.
+    axes: tuple[int, ...]
     blocks: int | None = None
 
     @functools.cached_property
