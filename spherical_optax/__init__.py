@@ -8,7 +8,7 @@ building blocks to make your own.
 
 from importlib.metadata import version
 
-from spherical_optax import geometry
+from spherical_optax import analysis, geometry
 from spherical_optax._adamg_star import adamg_star
 from spherical_optax._check import check_spheres
 from spherical_optax._constraints import normalize, project, retract
@@ -26,6 +26,7 @@ from spherical_optax._optimizers import (
 )
 from spherical_optax._quotient import quotient, rms
 from spherical_optax._spheres import Sphere, spheres_where
+from spherical_optax.analysis import track
 
 __version__ = version("spherical_optax")
 
@@ -38,6 +39,7 @@ __all__ = [
     "adams",
     "adamsrt",
     "adamst",
+    "analysis",
     "check_spheres",
     "ema",
     "find_spheres",
@@ -52,4 +54,5 @@ __all__ = [
     "spheres_where",
     "survey_spheres",
     "trace",
+    "track",
 ]

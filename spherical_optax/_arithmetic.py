@@ -34,6 +34,11 @@ def debias(moment: Any, decay: Any, count: Any) -> Any:
     return jax.tree.map(lambda m: m / correction.astype(m.dtype), moment)
 
 
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, and 0 where b is 0."""
+    return jnp.where(b == 0, jnp.zeros_like(a), a / jnp.where(b == 0, jnp.ones_like(b), b))
+
+
 def scalar(value: Any, dtype: Any) -> Any:
     """A hyper-parameter for arrays of this dtype: Python numbers are weakly typed already."""
     return value if type(value) in (int, float) else jnp.asarray(value, dtype)

@@ -83,7 +83,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
 class RetractState(NamedTuple):
     """State of `retract` with radius "initial"."""
 
-    radius: optax.Updates
+    kept: optax.Updates  # the radius per group at `init`
 
 
 def retract(
@@ -137,7 +137,7 @@ def retract(
             # Zero-initialised filters keep the first radius that they get.
             wanted = groups.scalars(
                 lambda kept, now: jnp.where(kept > 0, kept, now),
-                state.radius,
+                state.kept,
                 geometry.norm(given(params), groups),
             )
             state = RetractState(groups.stored(wanted))

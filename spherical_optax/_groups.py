@@ -73,6 +73,22 @@ class Groups:
         leaves = [None if leaf is None or leaf.size < 2 else leaf for leaf in self.leaves]
         return Groups(self.treedef, leaves, [t for t in self.ties if leaves[t[0]] is not None])
 
+    def parts(self) -> list[tuple[list[int], "Groups"]]:
+        """One `Groups` of its own, on a list of leaves, for each sphere leaf or tie, with the indices."""
+        tied = {i for tie in self.ties for i in tie}
+        alone = [[i] for i, leaf in enumerate(self.leaves) if leaf is not None and i not in tied]
+        return [
+            (
+                where,
+                Groups(
+                    jax.tree.structure([0] * len(where)),
+                    [self.leaves[i] for i in where],
+                    [list(range(len(where)))] if len(where) > 1 else [],
+                ),
+            )
+            for where in sorted([*alone, *self.ties])
+        ]
+
     def _columns(self, trees: Sequence[Any]):
         return zip(self.leaves, *(self.treedef.flatten_up_to(tree) for tree in trees), strict=True)
 

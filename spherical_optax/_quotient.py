@@ -11,6 +11,7 @@ from spherical_optax._arithmetic import (
     cast_like,
     debias,
     decayed,
+    divide,
     given,
     l2_now,
     mix,
@@ -25,7 +26,7 @@ class RmsState(NamedTuple):
 
     count: jax.typing.ArrayLike  # steps taken, int32
     nu: optax.Updates  # one number per group on the spheres
-    radius: Any  # None, or per group at the last step
+    kept: Any  # None, or the radius per group at the last step
 
 
 class QuotientState(NamedTuple):
@@ -104,7 +105,7 @@ def rms(
         if rescale:
             radius = groups.stored(geometry.norm(given(params), groups))
             # Twice, not squared: the square of a large ratio overflows where the product does not.
-            change = geometry.change(state.radius, radius, groups)
+            change = geometry.change(state.kept, radius, groups)
             nu = groups.scalars(lambda v, c: c * (c * v), nu, change, off=lambda v, _: v)
         l2 = l2_now(weight_decay, state.count)
         nu = mix(squares(updates, params, groups, l2), nu, decay, 1 - decay)
@@ -151,14 +152,10 @@ def quotient(
     def update(updates, state, params=None, **extra_args):
         top, a_state = a.update(updates, state.a, params, **extra_args)
         bottom, b_state = b.update(updates, state.b, params, **extra_args)
-        updates = jax.tree.map(_divide, top, bottom)
+        updates = jax.tree.map(divide, top, bottom)
         return updates, QuotientState(a_state, b_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where(b == 0, jnp.zeros_like(a), a / jnp.where(b == 0, jnp.ones_like(b), b))
 
 
 def _norm_squared(gg: Any, gx: Any, xx: Any, l2: Any) -> jax.Array:

@@ -1,0 +1,37 @@
+"""What optimizers do on the spheres: effective learning rates, angles, radii, and where they come from.
+
+`image_step` and `measure_step` look at one step, `so.track` at every step of a training run, `summary`
+and the `plot_` functions at what it kept.
+"""
+
+from spherical_optax.analysis._decomposition import MomentumParts, decompose_momentum
+from spherical_optax.analysis._equilibrium import Equilibrium, adamw_equilibrium, sgd_equilibrium
+from spherical_optax.analysis._equivalence import AdamGStar, adamg_star_from_sgd
+from spherical_optax.analysis._steps import ImageStep, MeasuredStep, image_step, measure_step
+from spherical_optax.analysis._table1 import (
+    EffectiveStep,
+    effective_adam,
+    effective_sgd,
+    effective_sgd_momentum,
+)
+from spherical_optax.analysis._track import TrackState, track
+
+__all__ = [
+    "AdamGStar",
+    "EffectiveStep",
+    "Equilibrium",
+    "ImageStep",
+    "MeasuredStep",
+    "MomentumParts",
+    "TrackState",
+    "adamg_star_from_sgd",
+    "adamw_equilibrium",
+    "decompose_momentum",
+    "effective_adam",
+    "effective_sgd",
+    "effective_sgd_momentum",
+    "image_step",
+    "measure_step",
+    "sgd_equilibrium",
+    "track",
+]

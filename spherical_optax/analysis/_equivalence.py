@@ -1,0 +1,59 @@
+"""Theorem 4: the AdamG* that SGD is on the sphere."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class AdamGStar(NamedTuple):
+    """Constants of AdamG*: y = u - eta* grad / sqrt(v), u <- y / ||y||, v <- beta v + ||grad||^2."""
+
+    beta: jax.Array
+    learning_rate: jax.Array  # eta*
+    v0: Any  # a number per group, as the radius that was given
+
+
+def adamg_star_from_sgd(
+    learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike, radius: Any
+) -> AdamGStar:
+    r"""The constants with which AdamG* follows SGD with L2, at order 2 in the step.
+
+    beta = (1 - eta lambda)^4,   eta* = (2 beta)^{-1/2},   v_0 = r_0^4 / (2 eta^2 beta^{1/2})
+
+    `so.adamg_star` applies them; this function only names them.
+
+    Args:
+      learning_rate: eta of the SGD.
+      weight_decay: lambda of the SGD, whose step is x - eta (grad + lambda x).
+      radius: r_0, where the SGD starts: a number, or a tree as `so.geometry.norm` returns it.
+
+    Returns:
+      An `AdamGStar`, with `v0` shaped like `radius`.
+
+    Raises:
+      ValueError: if a constant learning rate is not positive, or learning rate times weight decay is
+        not below 1.
+
+    >>> star = so.analysis.adamg_star_from_sgd(0.1, 0.5, radius=2.0)
+    >>> float(star.beta), float(star.learning_rate), float(star.v0)
+    (0.814506..., 0.783498..., 886.426...)
+
+    Source: Theorem 4.
+    """
+    constants = isinstance(learning_rate, int | float) and isinstance(weight_decay, int | float)
+    if constants and not (learning_rate > 0 and 0 <= learning_rate * weight_decay < 1):
+        raise ValueError(
+            f"adamg_star_from_sgd: learning rate {learning_rate} and weight decay {weight_decay}; "
+            "needed are a positive rate, and a product of both from 0 to below 1"
+        )
+    eta = jnp.asarray(learning_rate, jnp.result_type(float))
+    shrink = 1 - eta * jnp.asarray(weight_decay, eta.dtype)
+    root = shrink * shrink  # beta^{1/2}
+    v0 = jax.tree.map(
+        lambda r: (
+            jnp.asarray(r, jnp.result_type(float)) ** 4 / (2 * eta * eta * root)
+        ),
+        radius,
+    )
+    return AdamGStar(root * root, 1 / (jnp.sqrt(jnp.asarray(2.0, eta.dtype)) * root), v0)

@@ -1,0 +1,347 @@
+"""Which optimizers have a known `a` and `b`, and how large b is: asked of the optimizer itself.
+
+An Optax optimizer is a pair of closures: nothing tells its learning rate, b1 or eps. But its state names
+its moments, and what it does with moments that we choose tells the rest. So it is run on a tiny tree of
+the same structure: with m = 1, no gradient and x = 0 its update is -eta a / b, whatever the schedule,
+mask, partition or injected hyperparameter. What does not then behave like x - eta a / b on random moments
+has no known effective learning rate, whatever its state looks like.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spherical_optax import _adamg_star, _constraints, _momentum, _quotient
+from spherical_optax._groups import Groups, Leaf, accurate
+from spherical_optax._spheres import Path, named_leaves
+
+# Steps at which an optimizer is tried until it moves: schedules may begin at zero, and accumulated
+# gradients move it only now and then.
+_STEPS = (*range(17), 100, 1000, 10_000, 100_000)
+_TINY = 1e-16  # a second moment beside which eps shows
+_WIDTH = 3  # coordinates of a group: two tangential ones, so that directions can differ
+_AGREE = 0.02  # relative; above the rounding of a momentum in bfloat16
+
+# States beside the moments. Others, such as that of `optax.apply_if_finite`, may do anything.
+_NEUTRAL = (
+    optax.EmptyState,
+    optax.MaskedState,
+    optax.MultiStepsState,
+    optax.transforms.PartitionState,
+    optax.schedules.InjectHyperparamsState,
+    optax.schedules.InjectStatefulHyperparamsState,
+    _adamg_star.MirroredRadiusState,
+    _constraints.RetractState,
+    _quotient.QuotientState,
+)
+
+
+class Rule(NamedTuple):
+    """How the effective learning rate of a leaf is known."""
+
+    elementwise: bool  # b varies within a group
+    momentum: bool  # a is in the state; else it is the gradient
+    averaged: bool  # a is m / (1 - b1); else it is m
+    like: int  # the first leaf that responds the same, from the same moments
+
+
+class Moments(NamedTuple):
+    """What a state holds of a and b, by the path of the parameter."""
+
+    first: dict[Path, Any]
+    second: dict[Path, Any]  # per coordinate or per group
+    averaged: set[Path]
+    node: dict[Path, int]  # in which part of the state
+
+
+class Response(NamedTuple):
+    """Of one leaf: b / eta = slope sqrt(v) + offset, and a = m / gain."""
+
+    slope: jax.Array
+    offset: jax.Array
+    gain: jax.Array
+    moves: jax.Array
+
+
+def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list[Rule | None]:
+    """For each leaf how its rate is known, None where it is not."""
+    tiny = _tiny(params, groups)
+    try:
+        with jax.ensure_compile_time_eval():
+            moments = _moments(tx.init(tiny))
+            if moments is None:
+                return [None] * len(groups.leaves)
+            found = [_rule(path, x, moments) for path, x in _leaves(tiny)]
+            found = _tested(tx, tiny, found, moments, groups)
+    except Exception:  # what cannot be run on a tiny tree is not known; the real one may well run
+        return [None] * len(groups.leaves)
+    for tie in groups.ties:  # the leaves of one sphere have one rate, or none
+        if len({None if (rule := found[i]) is None else rule.elementwise for i in tie}) > 1:
+            found = [None if i in tie else rule for i, rule in enumerate(found)]
+    return found
+
+
+def held(state: Any, found: list[Rule | None]) -> str | None:
+    """What to hold back so that nothing of a state is overwritten before it was read a second time.
+
+    "grads", "params", or None where an optimizer should not be run twice. Which of them leaves every bit
+    of the compiled updates as it is depends on what the optimizer does with it; the tests compare.
+    """
+    if not all(found):
+        return None
+    ours = (_momentum.EmaState, _momentum.TraceState, _quotient.RmsState)
+    ours = (*ours, _adamg_star.MirroredRadiusState)
+    return "params" if any(isinstance(node, ours) for node in _nodes(state)) else "grads"
+
+
+def respond(
+    tx: optax.GradientTransformation,
+    params: Any,
+    state: Any,
+    found: list[Rule | None],
+    groups: Groups,
+) -> list[Any]:
+    """The `Response` of each leaf at the step, schedules and hyperparameters of `state`."""
+    # Of leaves that respond the same only the first is asked: XLA drops the others.
+    responses = _respond(tx, _tiny(params, groups), state)
+    return [None if rule is None else responses[rule.like] for rule in found]
+
+
+def moments_of(state: Any, params: Any) -> tuple[list[Any], list[Any]]:
+    """First and second moments of a state by leaf of `params`, None where it has none."""
+    moments = _moments(state)
+    assert moments is not None
+    paths = [path for path, _ in _leaves(params)]
+    return [moments.first.get(p) for p in paths], [moments.second.get(p) for p in paths]
+
+
+def _leaves(tree: Any) -> list[tuple[Path, Any]]:
+    return named_leaves(tree, lambda x: x is None)[0]
+
+
+def _nodes(state: Any) -> Iterator[Any]:
+    """All named tuples of a state, the outer ones first."""
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        yield state
+    if isinstance(state, tuple | list):
+        for child in state:
+            yield from _nodes(child)
+    elif isinstance(state, dict):
+        for child in state.values():
+            yield from _nodes(child)
+
+
+def _moments(state: Any) -> Moments | None:
+    """None if there is anything in the state that is not understood."""
+    moments = Moments({}, {}, set(), {})
+
+    for number, node in enumerate(_nodes(state)):
+
+        def note(into: dict[Path, Any], tree: Any, number: int = number) -> bool:
+            new = dict(_arrays(tree))
+            twice = not into.keys().isdisjoint(new)
+            into.update(new)
+            moments.node.update(dict.fromkeys(new, number))
+            return twice
+
+        twice = False
+        if isinstance(node, optax.ScaleByAdamState):
+            twice = note(moments.first, node.mu) or note(moments.second, node.nu)
+            moments.averaged.update(path for path, _ in _arrays(node.mu))
+        elif isinstance(node, _momentum.EmaState):
+            twice = note(moments.first, node.ema)
+            moments.averaged.update(path for path, _ in _arrays(node.ema))
+        elif isinstance(node, _quotient.RmsState):
+            twice = note(moments.second, node.nu)
+        elif isinstance(node, optax.TraceState | _momentum.TraceState):
+            twice = note(moments.first, node.trace)
+        elif not isinstance(node, _NEUTRAL) and node._fields != ("count",):  # a schedule's
+            return None
+        if twice:
+            return None
+    return moments
+
+
+def _arrays(tree: Any) -> list[tuple[Path, Any]]:
+    return [(path, x) for path, x in named_leaves(tree, lambda _: False)[0] if x is not None]
+
+
+def _rule(path: Path, x: Any, moments: Moments) -> Rule | None:
+    v = moments.second.get(path)
+    if v is not None and path not in moments.first:
+        return None
+    elementwise = v is not None and jnp.shape(v) == jnp.shape(x)
+    return Rule(elementwise, path in moments.first, path in moments.averaged, like=-1)
+
+
+def _tiny(params: Any, groups: Groups) -> Any:
+    """Zeros with the structure of the parameters and one small group for each index of a block."""
+
+    def shape(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
+        sizes = [1] * jnp.ndim(x)
+        if leaf is not None and leaf.axes and leaf.counts[-1] != leaf.shape[leaf.axes[-1]]:
+            sizes[leaf.axes[-1]] = leaf.counts[-1]
+        for axis in _axis(leaf, x):
+            sizes[axis] = _WIDTH
+        return tuple(sizes)
+
+    leaves = groups.treedef.flatten_up_to(params)
+    return jax.tree.unflatten(
+        groups.treedef,
+        [
+            None if x is None else accurate(jnp.zeros(shape(leaf, x), jnp.result_type(x)))
+            for leaf, x in zip(groups.leaves, leaves, strict=True)
+        ],
+    )
+
+
+def _axis(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
+    """The axis along which the small groups extend, if there is one; off the spheres the first."""
+    return (tuple(range(jnp.ndim(x))) if leaf is None else leaf.summed)[:1]
+
+
+def _fill(state: Any, first: Callable[[Any], Any], second: Callable[[Any], Any]) -> Any:
+    """The state with other moments."""
+
+    def fill(node: Any) -> Any:
+        if isinstance(node, optax.ScaleByAdamState):
+            return node._replace(mu=first(node.mu), nu=second(node.nu))
+        if isinstance(node, _momentum.EmaState):
+            return node._replace(ema=first(node.ema))
+        if isinstance(node, _quotient.RmsState):
+            return node._replace(nu=second(node.nu))
+        if isinstance(node, optax.TraceState | _momentum.TraceState):
+            return node._replace(trace=first(node.trace))
+        return node
+
+    kinds = (optax.ScaleByAdamState, optax.TraceState, _momentum.EmaState)
+    kinds = (*kinds, _momentum.TraceState, _quotient.RmsState)
+    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, kinds))
+
+
+def _respond(tx: optax.GradientTransformation, tiny: Any, state: Any) -> list[Any]:
+    # Counts, hyperparameters and whatever else is one number are those of the step in question.
+    scalars = jax.tree.map(lambda t, s: s if jnp.ndim(s) == 0 else t, tx.init(tiny), state)
+
+    def run(v: float) -> list[tuple[Any, Any, Any]]:
+        filled = _fill(
+            scalars,
+            lambda m: jax.tree.map(jnp.ones_like, m),
+            lambda n: jax.tree.map(lambda x: jnp.full_like(x, v), n),
+        )
+        updates, after = tx.update(tiny, filled, tiny)
+        first, second = moments_of(after, tiny)
+        updates = [x for _, x in _leaves(updates)]
+        return [tuple(map(_corner, triple)) for triple in zip(updates, first, second, strict=True)]
+
+    averaged = _moments(scalars)
+    assert averaged is not None
+    responses: list[Any] = []
+    for (path, x), usual, small in zip(_leaves(tiny), run(1.0), run(_TINY), strict=True):
+        if x is None or usual[0] is None:
+            responses.append(None)
+            continue
+        one = jnp.ones((), x.dtype)
+        (q, m, v), (q_small, _, v_small) = usual, small
+        m = one if m is None else m.astype(x.dtype)
+        gain = 1 - m if path in averaged.averaged else one
+        moves = q != 0
+        if v is None:
+            responses.append(Response(0 * one, one, gain, moves))
+            continue
+        b, b_small = (jnp.where(moves, -m / gain / jnp.where(moves, y, one), one) for y in (q, q_small))
+        root, root_small = (jnp.sqrt(y.astype(x.dtype)) for y in (v, v_small))
+        slope = (b - b_small) / (root - root_small)
+        responses.append(Response(slope, b_small - slope * root_small, gain, moves))
+    return responses
+
+
+def _corner(x: Any) -> Any:
+    return None if x is None else x[(0,) * jnp.ndim(x)]
+
+
+def _tested(
+    tx: optax.GradientTransformation,
+    tiny: Any,
+    found: list[Rule | None],
+    moments: Moments,
+    groups: Groups,
+) -> list[Rule | None]:
+    """The rules by which the leaves really move, from random moments at the first step that moves them."""
+    rng = np.random.default_rng(0)
+
+    def normal(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+    def positive(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), x.dtype), tree)
+
+    params, grads = normal(tiny), normal(tiny)
+    filled = _fill(tx.init(tiny), normal, positive)
+    good: list[bool | None] = [None] * len(found)
+    answers: list[list[Any]] = [[] for _ in found]
+    for step in _STEPS:
+
+        def at(x: Any, step: int = step) -> Any:
+            counts = jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.integer)
+            return jnp.full_like(x, step) if counts else x
+
+        state = jax.tree.map(at, filled)
+        responses = _respond(tx, tiny, state)
+        updates, after = tx.update(grads, state, params)
+        trees = [[x for _, x in _leaves(tree)] for tree in (params, grads, updates)]
+        columns = zip(groups.leaves, found, responses, *trees, *moments_of(after, tiny), strict=True)
+        for i, (leaf, rule, response, x, *rest) in enumerate(columns):
+            answers[i].append(None if response is None else tuple(map(float, response)))
+            if good[i] is not None:
+                continue
+            if rule is None or x is None:
+                good[i] = x is None
+                continue
+            error, moves = _error(rule, _axis(leaf, x), response, x, *rest)
+            good[i] = bool(error < _AGREE) if moves else None
+        if None not in good:
+            break
+    keys = [
+        (moments.node.get(path), tuple(answer))
+        for (path, _), answer in zip(_leaves(tiny), answers, strict=True)
+    ]
+    return [
+        (rule or Rule(False, False, False, -1))._replace(like=keys.index(key)) if ok else None
+        for rule, ok, key in zip(found, good, keys, strict=True)
+    ]
+
+
+def _error(
+    rule: Rule,
+    axes: tuple[int, ...],
+    response: Response | None,
+    x: Any,
+    g: Any,
+    q: Any,
+    m: Any,
+    v: Any,
+) -> tuple[Any, Any]:
+    """Relative deviation of an update q, up to a multiple of x, from what the rule says; if it moves."""
+    if response is None or q is None:
+        return jnp.inf, False
+    if not axes:  # one coordinate: there is nothing but multiples of x
+        return 0.0, jnp.any(q != 0)
+    a = (m if rule.momentum else g).astype(x.dtype) / response.gain
+    if rule.elementwise:
+        a = a / (response.slope * jnp.sqrt(v.astype(x.dtype)) + response.offset)
+
+    def tangential(y: jax.Array) -> jax.Array:
+        dots = [jnp.sum(z * x, axis=axes, keepdims=True) for z in (y, x)]
+        return y - dots[0] / dots[1] * x
+
+    a, q = tangential(a), tangential(q)
+    scale = -jnp.sum(a * q, axis=axes, keepdims=True) / jnp.sum(a * a, axis=axes, keepdims=True)
+    deviation = jnp.max(jnp.abs(q + (1.0 if rule.elementwise else scale) * a))
+    size = jnp.max(jnp.abs(q))
+    against = jnp.all(scale >= 0)
+    return jnp.where(against, deviation / jnp.where(size > 0, size, 1), jnp.inf), size > 0

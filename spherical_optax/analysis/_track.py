@@ -1,0 +1,262 @@
+"""Sees what any optimizer does on the spheres, and changes nothing in it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import geometry
+from spherical_optax._arithmetic import given
+from spherical_optax._groups import Groups, accurate
+from spherical_optax._spheres import Spheres, match
+from spherical_optax.analysis import _schemes
+from spherical_optax.analysis._steps import over, radial_cosine
+
+
+class TrackState(NamedTuple):
+    """State of `track`: trees shaped like the parameters, None off the spheres."""
+
+    inner_state: optax.OptState
+    calls: jax.Array  # of update so far, int32
+    step: jax.Array  # the call that was measured last, counted from 1; 0 before the first
+    due: jax.Array  # the call that will be measured next
+    radius: Any  # ||x|| before that step
+    angle: Any  # moved by it, radians
+    effective_lr: Any  # eta^e of it; None where a and b are not known
+    radial_cosine: Any  # <q, u> / ||q|| of its update q
+
+
+def track(
+    tx: Any,
+    spheres: Spheres,
+    *,
+    every: int = 1,
+    reduce: Callable[[jax.Array], jax.Array] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps any optimizer and keeps what its steps do on the spheres; the updates stay as they are.
+
+    radius = ||x||,   angle = arctan(eta^e ||c_perp||),   radial_cosine = <q, u> / ||q||
+    effective_lr = eta^e = A / (1 - A <c, u>),  A = eta / (r^2 d^{-1/2} ||b||)                  [11]
+
+    The first three are measured from x and the update q alone. The effective learning rate needs the a
+    and b of x - eta a / b: it is there for `optax.adam`, `optax.adamw`, `optax.sgd` and the optimizers of
+    this package, in chains, masks, partitions, `optax.inject_hyperparams` and with schedules, and None for
+    all others. What an optimizer is, is measured too (see `analysis/_schemes.py`): no hyperparameter has
+    to be given twice. Where the direction c_perp is 0 there is nothing to measure a rate by; it is 0 then,
+    except for Adam, where b tells it.
+
+    Read it by name: `optax.tree.get(state, "angle")`, or `so.analysis.summary(state)`. Around
+    `optax.MultiSteps`, the steps between those that move measure an angle of 0; inside it
+    (`optax.MultiSteps(so.track(tx, spheres), 4)`) there are none.
+
+    Args:
+      tx: any Optax optimizer.
+      spheres: how the leaves split into groups.
+      every: measure the first step and then every so many; the others cost next to nothing.
+      reduce: None keeps one number per group, of keepdims shape; a function such as `jnp.median` keeps
+        what it makes of them, one number per leaf.
+
+    Returns:
+      A `GradientTransformationExtraArgs` that needs `params`. State: that of `tx`, and four numbers per
+      group.
+
+    Raises:
+      ValueError: if `every` is not a positive integer; in `init` and `update` if `spheres` does not fit,
+        in `update` if `params` is missing.
+
+    >>> tx = so.track(optax.sgd(0.5), so.Sphere())
+    >>> params = {"w": jnp.array([[2.0], [0.0]])}
+    >>> updates, state = tx.update({"w": jnp.array([[0.0], [4.0]])}, tx.init(params), params)
+    >>> optax.tree.get(state, "effective_lr"), optax.tree.get(state, "angle")
+    ({'w': Array([[0.125]], dtype=float32)}, {'w': Array([[0.785]], dtype=float32)})
+
+    Source: Theorem 2, [11], [12] and [14].
+    """
+    if type(every) is not int or every < 1:
+        raise ValueError(f"track: every is {every!r}, not a positive integer")
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    inner = optax.with_extra_args_support(tx)
+    known: dict[Any, list[Any]] = {}
+
+    def rules(params: Any, groups: Groups) -> list[Any]:
+        leaves = groups.treedef.flatten_up_to(params)
+        key = (groups.treedef, *((jnp.shape(x), x is None or jnp.result_type(x)) for x in leaves))
+        if key not in known:
+            known[key] = _schemes.rules(inner, params, groups)
+        return known[key]
+
+    def init(params):
+        groups = match(spheres, params)
+        inner_state = inner.init(params)
+        # Arrays of their own, all of them: one that came twice could not be donated.
+        calls, step, due = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), jnp.ones([], jnp.int32)
+        if not groups.leaves:  # a placeholder of `optax.tree.map_params`: what is kept is not params-like
+            return TrackState(inner_state, calls, step, due, *(jnp.zeros([]) for _ in range(4)))
+        radius = geometry.norm(params, groups)
+        angle, rate, cosine = (jax.tree.map(jnp.zeros_like, radius) for _ in range(3))
+        rate = _only(rate, rules(params, groups), groups)
+        kept = [_reduced(reduce, tree) for tree in (radius, angle, rate, cosine)]
+        return TrackState(inner_state, calls, step, due, *kept)
+
+    def update(updates, state, params=None, **extra_args):
+        params = given(params)
+        groups = match(spheres, params)
+        known = rules(params, groups)
+        calls = optax.safe_increment(state.calls)
+        grads, before = updates, state.inner_state
+
+        def run(grads, params):
+            return inner.update(grads, before, params, **extra_args)
+
+        def look(updates, after):
+            seen = _measure(inner, params, grads, updates, before, after, known, groups)
+            # What did not move, say because gradients are still being accumulated, is looked at again.
+            due = calls + jnp.where(_moved(seen[1]) > 0, every, 1).astype(jnp.int32)
+            return jnp.copy(calls), due, *(_reduced(reduce, tree) for tree in seen)
+
+        last = state[2:]
+        hold = _schemes.held(before, known)
+        if every == 1 or not isinstance(calls, jax.core.Tracer):
+            updates, inner_state = run(grads, params)
+            seen = look(updates, inner_state) if every == 1 or calls >= state.due else last
+            updates = _after(_moved(seen[3]), updates)
+        elif hold:
+            # A condition that takes the updates would force them into memory at every step. So it
+            # makes them once more, and the real ones wait until it has read what they overwrite.
+            seen = jax.lax.cond(calls >= state.due, lambda: look(*run(grads, params)), lambda: last)
+            if hold == "grads":
+                updates, inner_state = run(_after(seen[1], grads), params)
+            else:
+                updates, inner_state = run(grads, _after(seen[1], params))
+        else:
+            updates, inner_state = run(grads, params)
+            seen = jax.lax.cond(
+                calls >= state.due, lambda: look(updates, inner_state), lambda: last
+            )
+            updates = _after(seen[1], updates)
+        return updates, TrackState(inner_state, calls, *seen)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _measure(
+    tx: optax.GradientTransformation,
+    params: Any,
+    grads: Any,
+    updates: Any,
+    before: Any,
+    after: Any,
+    rules: list[Any],
+    groups: Groups,
+) -> tuple[Any, Any, Any, Any]:
+    """Radius, angle, effective learning rate and radial cosine: group-sized trees."""
+    xs, gs, qs = (groups.treedef.flatten_up_to(tree) for tree in (params, grads, updates))
+    n = len(xs)
+    found: list[list[Any]] = [[None] * n for _ in range(4)]
+    used = [rule for rule, leaf in zip(rules, groups.leaves, strict=True) if leaf is not None]
+    firsts, seconds, responses = [None] * n, [None] * n, [None] * n
+    if any(used):
+        firsts, seconds = _schemes.moments_of(after, params)
+        responses = _schemes.respond(tx, params, before, rules, groups)
+    done: Any = None
+    for where, part in groups.parts():
+        x, g, q, m, v, response = (
+            [column[i] for i in where] for column in (xs, gs, qs, firsts, seconds, responses)
+        )
+        q = [jnp.zeros_like(y) if u is None else u for y, u in zip(x, q, strict=True)]
+        # One leaf at a time: the updates then need no more memory than the largest.
+        q = q if done is None else _after(_moved(done), q)
+        xx, xq, qq = (part.sum(lambda a, b: a * b, *pair) for pair in ((x, x), (x, q), (q, q)))
+        radius = part.scalars(geometry.sqrt, xx)
+        tangent = part.scalars(_tangent, qq, xq, xx)
+        angle = part.scalars(
+            lambda t, xq, xx, r: jnp.arctan2(
+                geometry.ratio(t, r, otherwise=0.0), 1 + geometry.ratio(xq, xx, otherwise=0.0)
+            ),
+            tangent,
+            xq,
+            xx,
+            radius,
+        )
+        length = part.scalars(geometry.sqrt, qq)
+        rate: Any = [None] * len(where)
+        rule = rules[where[0]]
+        if rule is not None and rule.elementwise:
+            b = [_denominator(*pair) for pair in zip(v, response, strict=True)]
+            b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, b)))
+            rate = part.scalars(
+                lambda b, xx, xq, s: jnp.where(s.moves & (xx > 0), over(1.0, b * (xx + xq)), 0.0),
+                b,
+                xx,
+                xq,
+                response,
+            )
+        elif rule is not None:
+            # b is one number per group, so that c = r a [11], and eta^e = tan(angle) / ||c_perp||:
+            # whatever else has scaled the point, decoupled decay or a retraction.
+            a = [_numerator(m[j] if rule.momentum else g[j], y) for j, y in enumerate(x)]
+            ax, aa = part.sum(lambda a, b: a * b, a, x), part.sum(lambda a: a * a, a)
+            rate = part.scalars(_rate, part.scalars(_tangent, aa, ax, xx), response, angle, radius)
+        columns = (radius, angle, rate, radial_cosine(xq, radius, length, part))
+        for column, values in zip(found, columns, strict=True):
+            for i, value in zip(where, values, strict=True):
+                column[i] = value
+        done = angle
+    return tuple(jax.tree.unflatten(groups.treedef, column) for column in found)  # pyright: ignore
+
+
+def _denominator(v: Any, response: Any) -> jax.Array:
+    """b / eta of every coordinate."""
+    v = accurate(v)
+    return response.slope.astype(v.dtype) * jnp.sqrt(v) + response.offset.astype(v.dtype)
+
+
+def _rate(tangent: jax.Array, response: Any, angle: jax.Array, radius: jax.Array) -> jax.Array:
+    a = tangent / response.gain.astype(tangent.dtype)
+    return geometry.ratio(jnp.tan(angle), radius * a, otherwise=0.0)
+
+
+def _numerator(a: Any, x: Any) -> Any:
+    return jnp.zeros_like(x) if a is None else a
+
+
+def _tangent(qq: jax.Array, qx: jax.Array, xx: jax.Array) -> jax.Array:
+    """||q_perp||; zero where what is left of ||q|| is rounding."""
+    rest = qq - geometry.ratio(qx, xx, otherwise=0.0) * qx
+    noise = 16 * float(jnp.finfo(qq.dtype).eps) * qq
+    return geometry.sqrt(jnp.where(rest > noise, rest, 0.0))
+
+
+def _only(tree: Any, rules: list[Any], groups: Groups) -> Any:
+    leaves = groups.treedef.flatten_up_to(tree)
+    return jax.tree.unflatten(
+        groups.treedef,
+        [x if rule is not None else None for x, rule in zip(leaves, rules, strict=True)],
+    )
+
+
+def _reduced(reduce: Callable[[jax.Array], jax.Array] | None, tree: Any) -> Any:
+    return tree if reduce is None else jax.tree.map(reduce, tree)
+
+
+def _moved(angles: Any) -> jax.Array:
+    """1 if anything on the spheres has moved, else 0."""
+    moved = [jnp.any(angle > 0) for angle in jax.tree.leaves(angles)]
+    return jnp.any(jnp.stack(moved)).astype(jnp.int32) if moved else jnp.ones([], jnp.int32)
+
+
+def _after(n: jax.Array, tree: Any) -> Any:
+    """The tree, bit for bit, but not before the integer `n` is known.
+
+    XLA copies what is overwritten in place while it is still to be read, unless the one follows from the
+    other. The condition always holds, which only LLVM sees: there the selection is gone.
+    """
+    always = (n & 1) < 2
+
+    def hold(x: Any) -> Any:
+        return jax.lax.select(always, x, jnp.zeros_like(x)) if jnp.ndim(x) else x
+
+    return jax.tree.map(hold, tree)
