@@ -8,6 +8,7 @@ from spherical_optax.analysis._decomposition import MomentumParts, decompose_mom
 from spherical_optax.analysis._equilibrium import Equilibrium, adamw_equilibrium, sgd_equilibrium
 from spherical_optax.analysis._equivalence import AdamGStar, adamg_star_from_sgd
 from spherical_optax.analysis._steps import ImageStep, MeasuredStep, image_step, measure_step
+from spherical_optax.analysis._summary import summary, summary_table, write_summary
 from spherical_optax.analysis._table1 import (
     EffectiveStep,
     effective_adam,
@@ -33,5 +34,8 @@ __all__ = [
     "image_step",
     "measure_step",
     "sgd_equilibrium",
+    "summary",
+    "summary_table",
     "track",
+    "write_summary",
 ]

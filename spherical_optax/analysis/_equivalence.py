@@ -51,9 +51,7 @@ def adamg_star_from_sgd(
     shrink = 1 - eta * jnp.asarray(weight_decay, eta.dtype)
     root = shrink * shrink  # beta^{1/2}
     v0 = jax.tree.map(
-        lambda r: (
-            jnp.asarray(r, jnp.result_type(float)) ** 4 / (2 * eta * eta * root)
-        ),
+        lambda r: jnp.asarray(r, jnp.result_type(float)) ** 4 / (2 * eta * eta * root),
         radius,
     )
     return AdamGStar(root * root, 1 / (jnp.sqrt(jnp.asarray(2.0, eta.dtype)) * root), v0)

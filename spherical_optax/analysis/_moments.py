@@ -7,17 +7,11 @@ whatever schedule, mask, partition or injected hyperparameter. What does not the
 x - eta a / b on random moments has no known effective learning rate, whatever its state looks like.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from spherical_optax import _adamg_star, _constraints, _momentum, _quotient
-from spherical_optax._groups import Groups, Leaf
 from spherical_optax._spheres import Path, named_leaves
 
 # Steps at which an optimizer is tried, until it moves: schedules may begin at zero, and accumulation of

@@ -253,7 +253,9 @@ def _respond(tx: optax.GradientTransformation, tiny: Any, state: Any) -> list[An
         if v is None:
             responses.append(Response(0 * one, one, gain, moves))
             continue
-        b, b_small = (jnp.where(moves, -m / gain / jnp.where(moves, y, one), one) for y in (q, q_small))
+        b, b_small = (
+            jnp.where(moves, -m / gain / jnp.where(moves, y, one), one) for y in (q, q_small)
+        )
         root, root_small = (jnp.sqrt(y.astype(x.dtype)) for y in (v, v_small))
         slope = (b - b_small) / (root - root_small)
         responses.append(Response(slope, b_small - slope * root_small, gain, moves))
@@ -294,7 +296,9 @@ def _tested(
         responses = _respond(tx, tiny, state)
         updates, after = tx.update(grads, state, params)
         trees = [[x for _, x in _leaves(tree)] for tree in (params, grads, updates)]
-        columns = zip(groups.leaves, found, responses, *trees, *moments_of(after, tiny), strict=True)
+        columns = zip(
+            groups.leaves, found, responses, *trees, *moments_of(after, tiny), strict=True
+        )
         for i, (leaf, rule, response, x, *rest) in enumerate(columns):
             answers[i].append(None if response is None else tuple(map(float, response)))
             if good[i] is not None:

@@ -161,7 +161,9 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
         groups.scalars(over, across, along),
         geometry.scale(
             tangent,
-            groups.scalars(lambda r, q: jnp.where(q == 0, 0.0, over(1.0 * (r > 0), r * q)), radius, along),
+            groups.scalars(
+                lambda r, q: jnp.where(q == 0, 0.0, over(1.0 * (r > 0), r * q)), radius, along
+            ),
             groups,
         ),
         radius,

@@ -171,9 +171,7 @@ def _momentum(
         rms,
         geometry.dot(a, params, groups),
     )
-    return EffectiveStep(
-        rates, geometry.scale(geometry.project(params, a, groups), radius, groups)
-    )
+    return EffectiveStep(rates, geometry.scale(geometry.project(params, a, groups), radius, groups))
 
 
 def _per(a: Any, b: jax.Array) -> jax.Array:

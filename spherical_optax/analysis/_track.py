@@ -92,8 +92,14 @@ def track(
         groups = match(spheres, params)
         inner_state = inner.init(params)
         # Arrays of their own, all of them: one that came twice could not be donated.
-        calls, step, due = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), jnp.ones([], jnp.int32)
-        if not groups.leaves:  # a placeholder of `optax.tree.map_params`: what is kept is not params-like
+        calls, step, due = (
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
+            jnp.ones([], jnp.int32),
+        )
+        if (
+            not groups.leaves
+        ):  # a placeholder of `optax.tree.map_params`: what is kept is not params-like
             return TrackState(inner_state, calls, step, due, *(jnp.zeros([]) for _ in range(4)))
         radius = geometry.norm(params, groups)
         angle, rate, cosine = (jax.tree.map(jnp.zeros_like, radius) for _ in range(3))
@@ -161,50 +167,41 @@ def _measure(
     if any(used):
         firsts, seconds = _schemes.moments_of(after, params)
         responses = _schemes.respond(tx, params, before, rules, groups)
-    done: Any = None
+    turn: Any = None
     for where, part in groups.parts():
         x, g, q, m, v, response = (
             [column[i] for i in where] for column in (xs, gs, qs, firsts, seconds, responses)
         )
-        q = [jnp.zeros_like(y) if u is None else u for y, u in zip(x, q, strict=True)]
-        # One leaf at a time: the updates then need no more memory than the largest.
-        q = q if done is None else _after(_moved(done), q)
+        rule = rules[where[0]]
+        rate: Any = [None] * len(where)
+        b: Any = None
+        # One array at a time: all of this then needs little more memory than the largest.
+        if rule is not None and rule.elementwise:
+            b = [_denominator(*pair) for pair in zip(_in(turn, v), response, strict=True)]
+            b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, b)))
+            turn = _moved(b)
+        q = _in(turn, [jnp.zeros_like(y) if u is None else u for y, u in zip(x, q, strict=True)])
         xx, xq, qq = (part.sum(lambda a, b: a * b, *pair) for pair in ((x, x), (x, q), (q, q)))
         radius = part.scalars(geometry.sqrt, xx)
-        tangent = part.scalars(_tangent, qq, xq, xx)
-        angle = part.scalars(
-            lambda t, xq, xx, r: jnp.arctan2(
-                geometry.ratio(t, r, otherwise=0.0), 1 + geometry.ratio(xq, xx, otherwise=0.0)
-            ),
-            tangent,
-            xq,
-            xx,
-            radius,
-        )
-        length = part.scalars(geometry.sqrt, qq)
-        rate: Any = [None] * len(where)
-        rule = rules[where[0]]
+        angle = part.scalars(_angle, part.scalars(_tangent, qq, xq, xx), xq, xx)
+        turn = _moved(angle)
         if rule is not None and rule.elementwise:
-            b = [_denominator(*pair) for pair in zip(v, response, strict=True)]
-            b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, b)))
-            rate = part.scalars(
-                lambda b, xx, xq, s: jnp.where(s.moves & (xx > 0), over(1.0, b * (xx + xq)), 0.0),
-                b,
-                xx,
-                xq,
-                response,
-            )
+            rate = part.scalars(_rate_from_b, b, xx, xq, response)
         elif rule is not None:
             # b is one number per group, so that c = r a [11], and eta^e = tan(angle) / ||c_perp||:
             # whatever else has scaled the point, decoupled decay or a retraction.
-            a = [_numerator(m[j] if rule.momentum else g[j], y) for j, y in enumerate(x)]
-            ax, aa = part.sum(lambda a, b: a * b, a, x), part.sum(lambda a: a * a, a)
-            rate = part.scalars(_rate, part.scalars(_tangent, aa, ax, xx), response, angle, radius)
-        columns = (radius, angle, rate, radial_cosine(xq, radius, length, part))
-        for column, values in zip(found, columns, strict=True):
+            a = m if rule.momentum else g
+            a = _in(
+                turn, [jnp.zeros_like(y) if z is None else z for y, z in zip(x, a, strict=True)]
+            )
+            aa, ax = part.sum(jnp.square, a), part.sum(lambda a, b: a * b, a, x)
+            tangent = part.scalars(_tangent, aa, ax, xx)
+            rate = part.scalars(_rate_from_a, tangent, response, angle, radius)
+            turn = _moved(rate)
+        cosine = radial_cosine(xq, radius, part.scalars(geometry.sqrt, qq), part)
+        for column, values in zip(found, (radius, angle, rate, cosine), strict=True):
             for i, value in zip(where, values, strict=True):
                 column[i] = value
-        done = angle
     return tuple(jax.tree.unflatten(groups.treedef, column) for column in found)  # pyright: ignore
 
 
@@ -214,13 +211,22 @@ def _denominator(v: Any, response: Any) -> jax.Array:
     return response.slope.astype(v.dtype) * jnp.sqrt(v) + response.offset.astype(v.dtype)
 
 
-def _rate(tangent: jax.Array, response: Any, angle: jax.Array, radius: jax.Array) -> jax.Array:
+def _rate_from_b(b: jax.Array, xx: jax.Array, xq: jax.Array, response: Any) -> jax.Array:
+    """eta^e = 1 / (b / eta (r^2 + <q, x>)) [11], where the update is q = -eta a / b."""
+    there = response.moves & (xx > 0)
+    return jnp.where(there, over(1.0, b * (xx + xq)), 0.0)
+
+
+def _rate_from_a(
+    tangent: jax.Array, response: Any, angle: jax.Array, radius: jax.Array
+) -> jax.Array:
     a = tangent / response.gain.astype(tangent.dtype)
     return geometry.ratio(jnp.tan(angle), radius * a, otherwise=0.0)
 
 
-def _numerator(a: Any, x: Any) -> Any:
-    return jnp.zeros_like(x) if a is None else a
+def _angle(tangent: jax.Array, xq: jax.Array, xx: jax.Array) -> jax.Array:
+    across = geometry.ratio(tangent, geometry.sqrt(xx), otherwise=0.0)
+    return jnp.arctan2(across, 1 + geometry.ratio(xq, xx, otherwise=0.0))
 
 
 def _tangent(qq: jax.Array, qx: jax.Array, xx: jax.Array) -> jax.Array:
@@ -246,6 +252,10 @@ def _moved(angles: Any) -> jax.Array:
     """1 if anything on the spheres has moved, else 0."""
     moved = [jnp.any(angle > 0) for angle in jax.tree.leaves(angles)]
     return jnp.any(jnp.stack(moved)).astype(jnp.int32) if moved else jnp.ones([], jnp.int32)
+
+
+def _in(turn: Any, tree: Any) -> Any:
+    return tree if turn is None else _after(turn, tree)
 
 
 def _after(n: jax.Array, tree: Any) -> Any:
