@@ -59,8 +59,9 @@ def adamw_equilibrium(
 
     angle = sqrt(2 eta lambda (1 - b1) / (1 + b1)),   radius = sqrt(eta d / (2 lambda))
 
-    for gradients that are noise, orthogonal to x and uncorrelated from step to step: g / sqrt(v) then has
-    d coordinates of root mean square 1, so r^2 grows by eta^2 d a step; the decay takes 2 eta lambda r^2.
+    for gradients that are noise, orthogonal to x and uncorrelated from step to step: the d coordinates
+    of g / sqrt(v) then have root mean square 1, so r^2 grows by eta^2 d a step; the decay takes
+    2 eta lambda r^2.
 
     Args:
       learning_rate: eta.

@@ -3,8 +3,8 @@
 An Optax optimizer is a pair of closures: nothing tells its learning rate, b1 or eps. But its state names
 its moments, and what it does with moments that we choose tells the rest. So it is run on a tiny tree of
 the same structure: with m = 1, no gradient and x = 0 its update is -eta a / b, whatever the schedule,
-mask, partition or injected hyperparameter. What does not then behave like x - eta a / b on random moments
-has no known effective learning rate, whatever its state looks like.
+mask, partition or injected hyperparameter. What does not then behave like x - eta a / b on random
+moments has no known effective learning rate, whatever its state looks like.
 """
 
 from collections.abc import Callable, Iterator
@@ -273,7 +273,7 @@ def _tested(
     moments: Moments,
     groups: Groups,
 ) -> list[Rule | None]:
-    """The rules by which the leaves really move, from random moments at the first step that moves them."""
+    """The rules that hold for random moments, at the first step that moves anything."""
     rng = np.random.default_rng(0)
 
     def normal(tree: Any) -> Any:
