@@ -74,7 +74,7 @@ class Groups:
         return Groups(self.treedef, leaves, [t for t in self.ties if leaves[t[0]] is not None])
 
     def parts(self) -> list[tuple[list[int], "Groups"]]:
-        """For each leaf on spheres, or tie, its indices and a `Groups` of its own, on a list of leaves."""
+        """For each leaf on spheres, or tie, its indices and a `Groups` of its own, on a list."""
         tied = {i for tie in self.ties for i in tie}
         alone = [[i] for i, leaf in enumerate(self.leaves) if leaf is not None and i not in tied]
         return [

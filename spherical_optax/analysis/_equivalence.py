@@ -36,8 +36,8 @@ def adamg_star_from_sgd(
         not below 1.
 
     >>> star = so.analysis.adamg_star_from_sgd(0.1, 0.5, radius=2.0)
-    >>> float(star.beta), float(star.learning_rate), float(star.v0)
-    (0.814506..., 0.783498..., 886.426...)
+    >>> star
+    AdamGStar(beta=Array(0.815, dtype=float32), learning_rate=Array(0.783, dtype=float32), v0=Array(886.427, dtype=float32))
 
     Source: Theorem 4.
     """

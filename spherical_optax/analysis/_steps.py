@@ -12,7 +12,7 @@ from spherical_optax._spheres import Spheres, match
 
 
 class ImageStep(NamedTuple):
-    """A step seen on the spheres: trees shaped like the parameters, or group-sized (None off spheres)."""
+    """A step seen on the spheres: trees like the parameters, or group-sized (None off the spheres)."""
 
     effective_lr: Any  # eta^e, group-sized
     direction: Any  # c_perp, tangent at u; off the spheres a / b
@@ -23,11 +23,13 @@ class ImageStep(NamedTuple):
 
 
 class MeasuredStep(NamedTuple):
-    """What an update alone tells: trees shaped like the parameters, or group-sized (None off spheres)."""
+    """What an update alone tells: trees like the parameters, or group-sized (None off the spheres)."""
 
     angle: Any  # moved by the direction, group-sized, radians
     tan_angle: Any  # eta^e ||c_perp||, group-sized; infinite for a right angle, negative beyond it
-    velocity: Any  # -eta^e c_perp, of which only the product is known (0 at a right angle); else the update
+    velocity: (
+        Any  # -eta^e c_perp: only the product is known (0 at a right angle); the update off spheres
+    )
     radius: Any  # ||x||, group-sized
     next_radius: Any  # ||x + q||, group-sized
     radius_ratio: Any  # ||x + q|| / ||x||, group-sized; 1 where x is zero
@@ -120,7 +122,8 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
 
     With q the update, x + q = r ((1 + <q, u> / r) u + q_perp / r), hence
 
-    eta^e ||c_perp|| = tan(angle) = ||q_perp|| / (r + <q, u>),   r' / r = hypot(1 + <q, u> / r, ||q_perp|| / r)
+    eta^e ||c_perp|| = tan(angle) = ||q_perp|| / (r + <q, u>)
+    r' / r = hypot(1 + <q, u> / r, ||q_perp|| / r)
 
     which are [12] and [14] with the radial and the tangential part of the step measured.
 
@@ -161,9 +164,7 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
         groups.scalars(over, across, along),
         geometry.scale(
             tangent,
-            groups.scalars(
-                lambda r, q: jnp.where(q == 0, 0.0, over(1.0 * (r > 0), r * q)), radius, along
-            ),
+            groups.scalars(_per_radius, radius, along),
             groups,
         ),
         radius,
@@ -172,6 +173,11 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
         radial_cosine(radial, radius, geometry.norm(updates, groups), groups),
         geometry.direction(following, groups),
     )
+
+
+def _per_radius(r: jax.Array, along: jax.Array) -> jax.Array:
+    there = (r > 0) & (along != 0)
+    return jnp.where(there, 1 / jnp.where(there, r * along, 1.0), 0.0)
 
 
 def radial_cosine(radial: Any, radius: Any, length: Any, groups: Groups) -> Any:

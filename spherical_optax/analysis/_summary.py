@@ -11,20 +11,14 @@ import numpy as np
 from spherical_optax._spheres import named_leaves
 from spherical_optax.analysis._track import TrackState
 
-#: The quantities of a summary, with their units.
-QUANTITIES = {
-    "radius": "",
-    "angle": "rad",
-    "effective_lr": "",
-    "radial_cosine": "",
-}
+QUANTITIES = ("radius", "angle", "effective_lr", "radial_cosine")
 
 
 def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> dict[str, float]:
     """What the last measured step did, as a flat dict of floats that any logger takes.
 
-    Keys: "step", the call of `update` that was measured, counted from 1 (0: none yet, the radii are those
-    at `init`), and "quantity/path" for the quantities radius, angle (radians), effective_lr and
+    Keys: "step", the call of `update` that was measured, counted from 1 (0: none yet, the radii are
+    those at `init`), and "quantity/path" for the quantities radius, angle (radians), effective_lr and
     radial_cosine: "angle/Conv_0/kernel". An effective learning rate that is not known is not there.
 
     Args:
@@ -48,9 +42,9 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
     """
     tracked = _tracked(state)
     # One transfer from the device for all of it.
-    fetched = jax.device_get((tracked.step, {name: getattr(tracked, name) for name in QUANTITIES}))
-    found = {"step": float(np.asarray(jax.tree.leaves(fetched[0])[0]))}
-    for name, tree in fetched[1].items():
+    step, *trees = jax.device_get([tracked.step, *(getattr(tracked, name) for name in QUANTITIES)])
+    found = {"step": float(np.asarray(jax.tree.leaves(step)[0]))}
+    for name, tree in zip(QUANTITIES, trees, strict=True):
         for path, values in named_leaves(tree, lambda _: False)[0]:
             if np.size(values):
                 found["/".join((name, *path))] = float(reduce(np.asarray(values, float)))
@@ -62,8 +56,8 @@ def write_summary(writer: Any, state: Any, *, prefix: str = "spheres") -> None:
 
     Args:
       writer: a `tensorboardX.SummaryWriter` or anything else with its `add_scalar` (PyTorch's), a clu
-        `MetricWriter` (with `write_scalars`), or the path of a folder, for which one of the two has to be
-        installed.
+        `MetricWriter` (with `write_scalars`), or the path of a folder, for which one of the two
+        has to be installed.
       state: as for `summary`.
       prefix: the tags are "prefix/quantity/path".
 
@@ -105,7 +99,7 @@ def write_summary(writer: Any, state: Any, *, prefix: str = "spheres") -> None:
 
 
 def summary_table(state: Any) -> Any:
-    """The `summary` of a state as a `rich.table.Table`: a row per leaf, with median, and for the angle range.
+    """The `summary` of a state as a `rich.table.Table`, a row per leaf.
 
     Args:
       state: as for `summary`.

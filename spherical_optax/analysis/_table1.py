@@ -98,7 +98,7 @@ def effective_adam(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
 ) -> EffectiveStep:
-    r"""Adam: eta^e = (eta / (r nu)) / (1 - eta <c, u> / (r nu)), nu = r d^{-1/2} ||b||, direction c_perp.
+    r"""Adam: eta^e = (eta / (r nu)) / (1 - eta <c, u> / (r nu)) with nu = r d^{-1/2} ||b||.
 
     a = m / (1 - b1),   b = (1 - b1^t) / (1 - b1) (sqrt(v / (1 - b2^t)) + eps)              [9]
     c = r a / (b / (d^{-1/2} ||b||))

@@ -41,11 +41,11 @@ def track(
     effective_lr = eta^e = A / (1 - A <c, u>),  A = eta / (r^2 d^{-1/2} ||b||)                  [11]
 
     The first three are measured from x and the update q alone. The effective learning rate needs the a
-    and b of x - eta a / b: it is there for `optax.adam`, `optax.adamw`, `optax.sgd` and the optimizers of
-    this package, in chains, masks, partitions, `optax.inject_hyperparams` and with schedules, and None for
-    all others. What an optimizer is, is measured too (see `analysis/_schemes.py`): no hyperparameter has
-    to be given twice. Where the direction c_perp is 0 there is nothing to measure a rate by; it is 0 then,
-    except for Adam, where b tells it.
+    and b of x - eta a / b. It is there for `optax.adam`, `optax.adamw`, `optax.sgd` (not with Nesterov's
+    momentum) and the optimizers of this package, in chains, masks, partitions, with schedules and
+    `optax.inject_hyperparams`; it is None for all others. What an optimizer is, is measured too: no
+    hyperparameter has to be given twice (`analysis/_schemes.py` says how). Where the direction c_perp is
+    0 there is nothing to measure a rate by; it is 0 then, except for Adam, where b tells it.
 
     Read it by name: `optax.tree.get(state, "angle")`, or `so.analysis.summary(state)`. Around
     `optax.MultiSteps`, the steps between those that move measure an angle of 0; inside it
@@ -97,9 +97,7 @@ def track(
             jnp.zeros([], jnp.int32),
             jnp.ones([], jnp.int32),
         )
-        if (
-            not groups.leaves
-        ):  # a placeholder of `optax.tree.map_params`: what is kept is not params-like
+        if not groups.leaves:  # a placeholder of `optax.tree.map_params`
             return TrackState(inner_state, calls, step, due, *(jnp.zeros([]) for _ in range(4)))
         radius = geometry.norm(params, groups)
         angle, rate, cosine = (jax.tree.map(jnp.zeros_like, radius) for _ in range(3))
