@@ -28,3 +28,10 @@ def test_copy_is_faithful():
                 np.testing.assert_array_equal(
                     recorded.arrays("problems")[f"{problem}__{name}"], stored[name]
                 )
+    with (
+        np.load(PUBLISHED / "theory_thm2.npz") as published_steps,
+        np.load(recorded.DATA / "theory_thm2.npz") as copied_steps,
+    ):
+        assert set(copied_steps) == set(published_steps)
+        for name in published_steps:
+            np.testing.assert_array_equal(copied_steps[name], published_steps[name])

@@ -1,4 +1,4 @@
-"""Parallel transport and the exponential map against values computed in extended precision."""
+"""Transport, exponential map and Theorem 2 against values computed in extended precision."""
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +54,60 @@ def test_exp():
         np.testing.assert_allclose(
             vector, items["exp_point"][item], rtol=1e-10, atol=1e-10, err_msg=item
         )
+
+
+def _close(actual, expected, item):
+    """1e-10 of the largest coordinate."""
+    expected = np.asarray(expected)
+    atol = 1e-10 * np.max(np.abs(expected))
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=atol, err_msg=item)
+
+
+class TestTheorem2:
+    """Every recorded step x - eta a / b, as image and as measured."""
+
+    @pytest.fixture
+    def items(self):
+        stored = dict(recorded.arrays("theory_thm2"))
+        count = int(stored.pop("count"))
+        assert count == 27
+        fields = {}
+        for name, value in stored.items():
+            item, field = name.split("__")
+            fields.setdefault(field, {})[item] = jnp.asarray(value)
+        return fields
+
+    @staticmethod
+    def _images(items):
+        return {
+            item: so.analysis.image_step(x, items["a"][item], items["b"][item], eta, WHOLE)
+            for (item, x), eta in zip(items["x"].items(), items["eta"].values(), strict=True)
+        }
+
+    def test_image(self, items):
+        for item, step in self._images(items).items():
+            _close(step.effective_lr[0], items["eta_e"][item], item)
+            _close(step.direction, items["c_perp"][item], item)
+            _close(step.radius[0], items["r"][item], item)
+            _close(step.next_radius[0], items["r_next"][item], item)
+            _close(step.next_direction, items["u_next"][item], item)
+            length = items["eta_e"][item] * jnp.linalg.norm(items["c_perp"][item])
+            _close(step.angle[0], jnp.arctan(length), item)
+
+    def test_measured(self, items):
+        for item, x in items["x"].items():
+            update = -items["eta"][item] * items["a"][item] / items["b"][item]
+            step = so.analysis.measure_step(x, update, WHOLE)
+            velocity = -items["eta_e"][item] * items["c_perp"][item]
+            _close(step.velocity, velocity, item)
+            _close(step.tan_angle[0], jnp.linalg.norm(velocity), item)
+            _close(step.next_radius[0], items["r_next"][item], item)
+            _close(step.radius_ratio[0], items["r_next"][item] / items["r"][item], item)
+            _close(step.next_direction, items["u_next"][item], item)
+
+    def test_error_of_the_exponential_map_is_recorded(self, items):
+        for item, step in self._images(items).items():
+            u = items["x"][item] / items["r"][item]
+            velocity = -step.effective_lr[0] * step.direction
+            gap = jnp.linalg.norm(so.geometry.exp(u, velocity, WHOLE) - step.next_direction)
+            np.testing.assert_allclose(gap, items["exp_error"][item], rtol=1e-6, atol=1e-14)
