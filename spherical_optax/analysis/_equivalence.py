@@ -36,8 +36,8 @@ def adamg_star_from_sgd(
         not below 1.
 
     >>> star = so.analysis.adamg_star_from_sgd(0.1, 0.5, radius=2.0)
-    >>> star
-    AdamGStar(beta=Array(0.815, dtype=float32), learning_rate=Array(0.783, dtype=float32), v0=Array(886.427, dtype=float32))
+    >>> star.beta, star.learning_rate
+    (Array(0.815, dtype=float32), Array(0.783, dtype=float32))
 
     Source: Theorem 4.
     """

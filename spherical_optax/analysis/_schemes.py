@@ -59,11 +59,12 @@ class Moments(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Of one leaf: b / eta = slope sqrt(v) + offset, and a = m / gain."""
+    """Of one leaf: q = -a / (b / eta) - decay x, b / eta = slope sqrt(v) + offset, a = m / gain."""
 
     slope: jax.Array
     offset: jax.Array
     gain: jax.Array
+    decay: jax.Array
     moves: jax.Array
 
 
@@ -85,17 +86,13 @@ def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list
     return found
 
 
-def held(state: Any, found: list[Rule | None]) -> str | None:
-    """What to hold back so that nothing of a state is overwritten before it was read a second time.
-
-    "grads", "params", or None where an optimizer should not be run twice. Which of them leaves every bit
-    of the compiled updates as it is depends on what the optimizer does with it; the tests compare.
-    """
-    if not all(found):
-        return None
+def predictable(state: Any, found: list[Rule | None], groups: Groups) -> bool:
+    """Whether the updates follow from parameters and moments: Adam, AdamW and SGD-M of Optax."""
     ours = (_momentum.EmaState, _momentum.TraceState, _quotient.RmsState)
-    ours = (*ours, _adamg_star.MirroredRadiusState)
-    return "params" if any(isinstance(node, ours) for node in _nodes(state)) else "grads"
+    if any(isinstance(node, ours) for node in _nodes(state)):
+        return False  # some are followed by a retraction
+    on = [rule for rule, leaf in zip(found, groups.leaves, strict=True) if leaf is not None]
+    return bool(on) and all(rule is not None and rule.momentum for rule in on)
 
 
 def respond(
@@ -227,13 +224,11 @@ def _respond(tx: optax.GradientTransformation, tiny: Any, state: Any) -> list[An
     # Counts, hyperparameters and whatever else is one number are those of the step in question.
     scalars = jax.tree.map(lambda t, s: s if jnp.ndim(s) == 0 else t, tx.init(tiny), state)
 
-    def run(v: float) -> list[tuple[Any, Any, Any]]:
-        filled = _fill(
-            scalars,
-            lambda m: jax.tree.map(jnp.ones_like, m),
-            lambda n: jax.tree.map(lambda x: jnp.full_like(x, v), n),
-        )
-        updates, after = tx.update(tiny, filled, tiny)
+    def run(m: float, v: float, x: float = 0.0) -> list[tuple[Any, Any, Any]]:
+        def full(value: float) -> Callable[[Any], Any]:
+            return lambda tree: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), tree)
+
+        updates, after = tx.update(tiny, _fill(scalars, full(m), full(v)), full(x)(tiny))
         first, second = moments_of(after, tiny)
         updates = [x for _, x in _leaves(updates)]
         return [tuple(map(_corner, triple)) for triple in zip(updates, first, second, strict=True)]
@@ -241,24 +236,28 @@ def _respond(tx: optax.GradientTransformation, tiny: Any, state: Any) -> list[An
     averaged = _moments(scalars)
     assert averaged is not None
     responses: list[Any] = []
-    for (path, x), usual, small in zip(_leaves(tiny), run(1.0), run(_TINY), strict=True):
+    runs = zip(run(1.0, 1.0), run(1.0, _TINY), run(0.0, 1.0, x=1.0), strict=True)
+    for (path, x), (usual, small, still) in zip(_leaves(tiny), runs, strict=True):
         if x is None or usual[0] is None:
             responses.append(None)
             continue
         one = jnp.ones((), x.dtype)
-        (q, m, v), (q_small, _, v_small) = usual, small
-        m = one if m is None else m.astype(x.dtype)
+        (q, m, v), (q_small, _, v_small), (q_still, m_still, v_still) = usual, small, still
+        m, m_still = (one if y is None else y.astype(x.dtype) for y in (m, m_still))
         gain = 1 - m if path in averaged.averaged else one
         moves = q != 0
-        if v is None:
-            responses.append(Response(0 * one, one, gain, moves))
-            continue
         b, b_small = (
-            jnp.where(moves, -m / gain / jnp.where(moves, y, one), one) for y in (q, q_small)
+            jnp.where(moves, -m / gain / jnp.where(moves, y, 1), one) for y in (q, q_small)
         )
-        root, root_small = (jnp.sqrt(y.astype(x.dtype)) for y in (v, v_small))
-        slope = (b - b_small) / (root - root_small)
-        responses.append(Response(slope, b_small - slope * root_small, gain, moves))
+        slope, offset = 0 * one, b
+        if v is not None:
+            root, root_small, root_still = (
+                jnp.sqrt(y.astype(x.dtype)) for y in (v, v_small, v_still)
+            )
+            slope = (b - b_small) / (root - root_small)
+            offset = b_small - slope * root_small
+            b = slope * root_still + offset
+        responses.append(Response(slope, offset, gain, -q_still - m_still / gain / b, moves))
     return responses
 
 
@@ -276,14 +275,17 @@ def _tested(
     """The rules that hold for random moments, at the first step that moves anything."""
     rng = np.random.default_rng(0)
 
-    def normal(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+    def normal(scale: float) -> Callable[[Any], Any]:
+        return lambda tree: jax.tree.map(
+            lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree
+        )
 
     def positive(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), x.dtype), tree)
 
-    params, grads = normal(tiny), normal(tiny)
-    filled = _fill(tx.init(tiny), normal, positive)
+    params, grads = normal(1.0)(tiny), normal(1.0)(tiny)
+    # The usual moments show what is done with the gradient besides, huge ones a clip of the updates.
+    states = [_fill(tx.init(tiny), normal(scale), positive) for scale in (1.0, 1e6)]
     good: list[bool | None] = [None] * len(found)
     answers: list[list[Any]] = [[] for _ in found]
     for step in _STEPS:
@@ -292,22 +294,23 @@ def _tested(
             counts = jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.integer)
             return jnp.full_like(x, step) if counts else x
 
-        state = jax.tree.map(at, filled)
-        responses = _respond(tx, tiny, state)
-        updates, after = tx.update(grads, state, params)
-        trees = [[x for _, x in _leaves(tree)] for tree in (params, grads, updates)]
-        columns = zip(
-            groups.leaves, found, responses, *trees, *moments_of(after, tiny), strict=True
-        )
-        for i, (leaf, rule, response, x, *rest) in enumerate(columns):
-            answers[i].append(None if response is None else tuple(map(float, response)))
-            if good[i] is not None:
-                continue
-            if rule is None or x is None:
-                good[i] = x is None
-                continue
-            error, moves = _error(rule, _axis(leaf, x), response, x, *rest)
-            good[i] = bool(error < _AGREE) if moves else None
+        now: list[list[bool]] = [[] for _ in found]
+        for state in (jax.tree.map(at, state) for state in states):
+            responses = _respond(tx, tiny, state)
+            updates, after = tx.update(grads, state, params)
+            trees = [[x for _, x in _leaves(tree)] for tree in (params, grads, updates)]
+            columns = zip(
+                groups.leaves, found, responses, *trees, *moments_of(after, tiny), strict=True
+            )
+            for i, (leaf, rule, response, x, *rest) in enumerate(columns):
+                answers[i].append(None if response is None else tuple(map(float, response)))
+                if rule is None or x is None:
+                    now[i].append(x is None)
+                    continue
+                error, moves = _error(rule, _axis(leaf, x), response, x, *rest)
+                if moves:
+                    now[i].append(bool(error < _AGREE))
+        good = [(all(n) if n else None) if g is None else g for g, n in zip(good, now, strict=True)]
         if None not in good:
             break
     keys = [

@@ -27,9 +27,7 @@ class MeasuredStep(NamedTuple):
 
     angle: Any  # moved by the direction, group-sized, radians
     tan_angle: Any  # eta^e ||c_perp||, group-sized; infinite for a right angle, negative beyond it
-    velocity: (
-        Any  # -eta^e c_perp: only the product is known (0 at a right angle); the update off spheres
-    )
+    velocity: Any  # -eta^e c_perp, known only as a product (0 at a right angle)
     radius: Any  # ||x||, group-sized
     next_radius: Any  # ||x + q||, group-sized
     radius_ratio: Any  # ||x + q|| / ||x||, group-sized; 1 where x is zero

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import given
+from spherical_optax._arithmetic import divide, given
 from spherical_optax._groups import Groups, accurate
 from spherical_optax._spheres import Spheres, match
 from spherical_optax.analysis import _schemes
@@ -112,34 +112,25 @@ def track(
         calls = optax.safe_increment(state.calls)
         grads, before = updates, state.inner_state
 
-        def run(grads, params):
-            return inner.update(grads, before, params, **extra_args)
-
-        def look(updates, after):
-            seen = _measure(inner, params, grads, updates, before, after, known, groups)
+        def look(updates):
+            seen = _measure(inner, params, grads, updates, before, inner_state, known, groups)
             # What did not move, say because gradients are still being accumulated, is looked at again.
             due = calls + jnp.where(_moved(seen[1]) > 0, every, 1).astype(jnp.int32)
             return jnp.copy(calls), due, *(_reduced(reduce, tree) for tree in seen)
 
+        updates, inner_state = inner.update(grads, before, params, **extra_args)
         last = state[2:]
-        hold = _schemes.held(before, known)
-        if every == 1 or not isinstance(calls, jax.core.Tracer):
-            updates, inner_state = run(grads, params)
-            seen = look(updates, inner_state) if every == 1 or calls >= state.due else last
+        if every == 1:
+            seen = look(updates)
             updates = _after(_moved(seen[3]), updates)
-        elif hold:
-            # A condition that takes the updates would force them into memory at every step. So it
-            # makes them once more, and the real ones wait until it has read what they overwrite.
-            seen = jax.lax.cond(calls >= state.due, lambda: look(*run(grads, params)), lambda: last)
-            if hold == "grads":
-                updates, inner_state = run(_after(seen[1], grads), params)
-            else:
-                updates, inner_state = run(grads, _after(seen[1], params))
+        elif not isinstance(calls, jax.core.Tracer):
+            seen = look(updates) if calls >= state.due else last
         else:
-            updates, inner_state = run(grads, params)
-            seen = jax.lax.cond(
-                calls >= state.due, lambda: look(updates, inner_state), lambda: last
-            )
+            # A condition that takes the updates forces them into memory at every step. Where they follow
+            # from the new moments it makes its own.
+            follow = _schemes.predictable(inner_state, known, groups)
+            taken = None if follow else updates
+            seen = jax.lax.cond(calls >= state.due, lambda: look(taken), lambda: last)
             updates = _after(seen[1], updates)
         return updates, TrackState(inner_state, calls, *seen)
 
@@ -156,9 +147,13 @@ def _measure(
     rules: list[Any],
     groups: Groups,
 ) -> tuple[Any, Any, Any, Any]:
-    """Radius, angle, effective learning rate and radial cosine: group-sized trees."""
-    xs, gs, qs = (groups.treedef.flatten_up_to(tree) for tree in (params, grads, updates))
+    """Radius, angle, effective learning rate and radial cosine: group-sized trees.
+
+    Without `updates`, of those that follow from the moments `after`.
+    """
+    xs, gs = (groups.treedef.flatten_up_to(tree) for tree in (params, grads))
     n = len(xs)
+    qs = [None] * n if updates is None else groups.treedef.flatten_up_to(updates)
     found: list[list[Any]] = [[None] * n for _ in range(4)]
     used = [rule for rule, leaf in zip(rules, groups.leaves, strict=True) if leaf is not None]
     firsts, seconds, responses = [None] * n, [None] * n, [None] * n
@@ -174,8 +169,11 @@ def _measure(
         rate: Any = [None] * len(where)
         b: Any = None
         # One array at a time: all of this then needs little more memory than the largest.
-        if rule is not None and rule.elementwise:
+        if rule is not None and (rule.elementwise or updates is None):
             b = [_denominator(*pair) for pair in zip(_in(turn, v), response, strict=True)]
+        if updates is None:
+            q = [_update(*args) for args in zip(x, _in(turn, m), b, response, strict=True)]
+        if rule is not None and rule.elementwise:
             b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, b)))
             turn = _moved(b)
         q = _in(turn, [jnp.zeros_like(y) if u is None else u for y, u in zip(x, q, strict=True)])
@@ -203,8 +201,17 @@ def _measure(
     return tuple(jax.tree.unflatten(groups.treedef, column) for column in found)  # pyright: ignore
 
 
+def _update(x: Any, m: Any, b: jax.Array, response: Any) -> jax.Array:
+    """q = -a / (b / eta) - decay x"""
+    a = accurate(m).astype(b.dtype) / response.gain.astype(b.dtype)
+    q = -divide(a, b) - response.decay.astype(b.dtype) * accurate(x).astype(b.dtype)
+    return jnp.where(response.moves, q, jnp.zeros_like(q))
+
+
 def _denominator(v: Any, response: Any) -> jax.Array:
-    """b / eta of every coordinate."""
+    """b / eta of every coordinate, or of all."""
+    if v is None:
+        return response.offset
     v = accurate(v)
     return response.slope.astype(v.dtype) * jnp.sqrt(v) + response.offset.astype(v.dtype)
 

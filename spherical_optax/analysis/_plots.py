@@ -1,0 +1,389 @@
+"""Pictures of what `so.track` has kept, and of trajectories on a sphere, with Matplotlib."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from mpl_toolkits.mplot3d import Axes3D
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, too pale on white,
+# and without black, which is the median's and the prediction's.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#999999")
+DASHES: Any = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (10, 2)), (0, (2, 1)))
+MARKS: dict[str, dict[str, Any]] = {
+    "start": {"marker": "o", "ms": 7, "mec": "white"},
+    "end": {"marker": "*", "ms": 14, "mec": "white"},
+}
+LABELS = {
+    "radius": "radius ‖x‖",
+    "effective_lr": "effective learning rate ηᵉ",
+    "angle": "angle per step, rad",
+}
+
+History = Sequence[Mapping[str, float]]
+Paths = str | Iterable[str] | None
+
+
+def plot_radii(history: History, ax: "Axes | None" = None, *, paths: Paths = None) -> "Axes":
+    """The radii ||x|| over the steps of a training run, one line per parameter.
+
+    Up to seven parameters have a colour each; more are coloured from first to last in the order of the
+    tree, with their median in black.
+
+    Args:
+      history: a list of `so.analysis.summary(state)`. A step that is in it twice is drawn once.
+      ax: Matplotlib Axes, of a figure with `layout="constrained"` for the legend to fit in; None:
+        `matplotlib.pyplot.gca()`, whose figure gets this layout if it has none.
+      paths: the parameters to draw: a path such as "Conv_0/kernel", a regular expression that is
+        searched in the paths, or several of both. None: all.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: if there is nothing to draw, or nothing that `paths` matches.
+
+    >>> from matplotlib.figure import Figure
+    >>> state = so.track(optax.sgd(0.5), so.Sphere()).init({"w": jnp.array([[2.0], [0.0]])})
+    >>> ax = so.analysis.plot_radii([so.analysis.summary(state)], Figure().subplots())
+    >>> ax.get_ylabel(), [line.get_label() for line in ax.lines]
+    ('radius ‖x‖', ['w'])
+
+    Source: the quantity is that of `so.track`.
+    """
+    return _plot("plot_radii", "radius", history, ax, paths)
+
+
+def plot_effective_lr(history: History, ax: "Axes | None" = None, *, paths: Paths = None) -> "Axes":
+    """The effective learning rates eta^e over the steps of a training run, one line per parameter.
+
+    On a logarithmic axis, which leaves out zeros: those before the first step, or where nothing moved.
+
+    Args:
+      history: a list of `so.analysis.summary(state)`, as for `plot_radii`.
+      ax: Matplotlib Axes or None, as for `plot_radii`.
+      paths: the parameters to draw, as for `plot_radii`.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: if there is nothing to draw, such as for an optimizer whose effective learning rate is
+        not known, or nothing that `paths` matches.
+
+    >>> from matplotlib.figure import Figure
+    >>> history = [{"step": 0.0, "effective_lr/w": 0.0}, {"step": 1.0, "effective_lr/w": 0.125}]
+    >>> ax = so.analysis.plot_effective_lr(history, Figure().subplots())
+    >>> ax.lines[0].get_xydata()
+    array([[1.   , 0.125]])
+
+    Source: [11].
+    """
+    return _plot("plot_effective_lr", "effective_lr", history, ax, paths)
+
+
+def plot_angles(
+    history: History, ax: "Axes | None" = None, *, paths: Paths = None, predicted: Any = None
+) -> "Axes":
+    """The angles by which the steps of a training run moved, one line per parameter.
+
+    On a logarithmic axis, which leaves out zeros: those before the first step, or where nothing moved.
+
+    Args:
+      history: a list of `so.analysis.summary(state)`, as for `plot_radii`.
+      ax: Matplotlib Axes or None, as for `plot_radii`.
+      paths: the parameters to draw, as for `plot_radii`.
+      predicted: an angle in radians to compare with, such as `so.analysis.adamw_equilibrium(...).angle`:
+        a number, or one per entry of the history, for a schedule.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: if there is nothing to draw, nothing that `paths` matches, or if `predicted` has
+        another length than the history.
+
+    >>> from matplotlib.figure import Figure
+    >>> history = [{"step": 1.0, "angle/w": 0.02}, {"step": 2.0, "angle/w": 0.01}]
+    >>> ax = so.analysis.plot_angles(history, Figure().subplots(), predicted=0.01)
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['w', 'predicted at equilibrium']
+
+    Source: the quantity is that of `so.track`.
+    """
+    return _plot("plot_angles", "angle", history, ax, paths, predicted)
+
+
+def plot_sphere(
+    trajectories: Mapping[str, Any],
+    ax: "Axes3D",
+    *,
+    loss: Callable[[np.ndarray], Any] | None = None,
+) -> "Axes3D":
+    """The directions u = x / ||x|| that a filter of three weights takes, on the unit sphere.
+
+    What is on the far side of the sphere is faded, for the view that `ax` has at the call: choose
+    another with `ax.view_init` beforehand.
+
+    Args:
+      trajectories: for every label an array (steps, 3) of points x, of any radius but 0. Consecutive
+        ones are joined by great circles; a circle marks the start and a star the end.
+      ax: Matplotlib Axes with `projection="3d"`.
+      loss: colours the sphere: takes an array (n, 3) of directions and returns (n,).
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: if the Axes are not three-dimensional, a trajectory has another shape, a point at 0 or
+        one that is not finite, or `loss` returns another shape, or nothing finite.
+
+    >>> from matplotlib.figure import Figure
+    >>> ax = Figure().add_subplot(projection="3d")
+    >>> ax = so.analysis.plot_sphere({"GD": [[2.0, 0.0, 0.0], [2.0, 1.0, 0.0]]}, ax)
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['GD', 'start', 'end']
+
+    Source: after figures 1 and 2.
+    """
+    if getattr(ax, "name", None) != "3d":
+        raise ValueError('plot_sphere: the Axes are not 3-D; make them with projection="3d"')
+    directions = {label: _directions(label, points) for label, points in trajectories.items()}
+    # Nothing in front hides what is behind: the order of drawing is ours. In parallel projection half
+    # of the sphere is near.
+    ax.computed_zorder = False
+    ax.set_proj_type("ortho")
+    ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
+    ax.set_box_aspect((1, 1, 1), zoom=1.25)  # pyright: ignore
+    ax.set_axis_off()
+    view = -ax.get_proj()[2, :3]
+    view /= np.linalg.norm(view)
+    _draw_globe(ax, view, loss)
+    for i, (label, u) in enumerate(directions.items()):
+        color = COLORS[i % len(COLORS)]
+        arc = _great_circles(u)
+        far = arc @ view < 0
+        # The pieces overlap by a point, or there would be gaps where the line goes around.
+        both = np.convolve(far, np.ones(3))[1:-1] > 0
+        for where, text, style in (
+            (both, f"_{label}", {"alpha": 0.4, "lw": 1.2, "zorder": 2}),
+            (~far, label, {"alpha": 1.0, "lw": 2.2, "zorder": 3}),
+        ):
+            piece = np.where(where[:, None], arc, np.nan)
+            ax.plot(*piece.T, color=color, label=text, solid_capstyle="round", **style)
+        for point, mark in zip((u[0], u[-1]), MARKS.values(), strict=True):
+            style = {"alpha": 0.4, "zorder": 2} if point @ view < 0 else {"alpha": 1.0, "zorder": 4}
+            ax.plot(*point[:, None], color=color, ls="", **mark, **style)
+    for text, mark in MARKS.items():
+        ax.plot([], [], [], color="0.4", ls="", label=text, **mark)
+    # A wider one would take its width from the sphere.
+    place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 2}
+    ax.legend(**place, frameon=False, fontsize="small")
+    return ax
+
+
+def _plot(
+    caller: str, quantity: str, history: History, ax: Any, paths: Paths, predicted: Any = None
+) -> Any:
+    steps, named, guess = _table(caller, quantity, history, paths, predicted)
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        ax = plt.gca()
+        if ax.figure.get_layout_engine() is None:
+            ax.figure.set_layout_engine("constrained")
+    few = len(named) <= len(COLORS)
+    if few:
+        styles = [{"color": c, "ls": d, "lw": 1.6} for c, d in zip(COLORS, DASHES, strict=True)]
+    else:
+        from matplotlib import colormaps
+
+        # Not up to its end, a yellow too pale on white.
+        colors = colormaps["viridis"](np.linspace(0, 0.9, len(named)))
+        styles = [{"color": color, "lw": 0.8, "alpha": 0.8} for color in colors]
+    lines = [
+        _line(ax, steps, values, label=path, **style)
+        for (path, values), style in zip(named.items(), styles, strict=False)
+    ]
+    if not few:
+        # As many as show which colour is where.
+        lines = [lines[i] for i in np.linspace(0, len(lines) - 1, 5).round().astype(int)]
+        values = np.stack(list(named.values()))
+        there = ~np.isnan(values).all(0)
+        middle = np.nanmedian(values[:, there], 0)
+        label = f"median of all {len(named)}"
+        lines.append(_line(ax, steps[there], middle, color="black", lw=2.5, label=label, zorder=3))
+    if guess is not None:
+        # White between the dashes, or the median would hide them.
+        style = {"color": "black", "gapcolor": "white", "ls": (0, (4, 3)), "lw": 1.5, "zorder": 4}
+        lines.append(_line(ax, steps, guess, label="predicted at equilibrium", **style))
+    ax.set(xlabel="step", ylabel=LABELS[quantity])
+    if quantity != "radius":
+        ax.set_yscale("log")
+    if ax.get_xscale() == "linear":
+        ax.locator_params(axis="x", integer=True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(
+        lines,
+        [_short(line) for line in lines],
+        title=None if few else "first to last parameter",
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+        handlelength=3.5,
+        fontsize="small",
+        title_fontsize="small",
+        alignment="left",
+    )
+    return ax
+
+
+def _table(
+    caller: str, quantity: str, history: History, paths: Paths, predicted: Any
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
+    """Steps, values per path and prediction; NaN where there is nothing to draw."""
+    entries = [] if isinstance(history, Mapping) else list(history)
+    if not entries or not all(isinstance(e, Mapping) and "step" in e for e in entries):
+        raise ValueError(f"{caller}: give a list of so.analysis.summary(state), one per step or so")
+    found = list(dict.fromkeys(name for entry in entries for name in entry))
+    known = [name.partition("/")[2] for name in found if name.startswith(f"{quantity}/")]
+    if not known and quantity == "effective_lr" and any("/" in name for name in found):
+        raise ValueError(
+            f"{caller}: the effective learning rate of this optimizer is not known; "
+            "plot_angles shows what is"
+        )
+    if not known:
+        raise ValueError(f"{caller}: no {quantity} in the history; so.track needs spheres")
+    at = {float(entry["step"]): i for i, entry in enumerate(entries)}  # the last of equal ones
+    steps = np.array(sorted(at))
+    rows = [at[step] for step in steps]
+
+    def drawn(values: Any) -> np.ndarray:
+        values = np.asarray(values, float)
+        fine = np.isfinite(values)
+        if quantity != "radius":
+            fine &= (values > 0) & (steps > 0)
+        return np.where(fine, values, np.nan)
+
+    named = {
+        path: drawn([entries[i].get(f"{quantity}/{path}", np.nan) for i in rows])
+        for path in _chosen(caller, known, paths)
+    }
+    if np.isnan(list(named.values())).all():
+        sign = "" if quantity == "radius" else "positive "
+        raise ValueError(
+            f"{caller}: no finite {sign}{quantity} in the history, nothing to draw; "
+            "add the summaries of states after an update"
+        )
+    if predicted is None:
+        return steps, named, None
+    if np.shape(predicted) not in ((), (len(entries),)):
+        raise ValueError(
+            f"{caller}: predicted has shape {np.shape(predicted)}; give a number, or one for each "
+            f"of the {len(entries)} entries of the history"
+        )
+    return steps, named, drawn(np.broadcast_to(np.asarray(predicted, float), len(entries))[rows])
+
+
+def _chosen(caller: str, known: list[str], paths: Paths) -> list[str]:
+    parts = [path.split("/") for path in known]
+    if parts == sorted(parts):
+        # JAX sorts the keys of dicts, Conv_10 before Conv_2; other trees have an order of their own.
+        known = sorted(known, key=lambda p: [(s.zfill(9), s) for s in re.split(r"(\d+)", p)])
+    if paths is None:
+        return known
+    chosen: set[str] = set()
+    for wanted in [paths] if isinstance(paths, str) else paths:
+        hits = {wanted} if wanted in known else {p for p in known if re.search(wanted, p)}
+        if not hits:
+            raise ValueError(f"{caller}: {wanted!r} matches none of the paths {', '.join(known)}")
+        chosen |= hits
+    if not chosen:
+        raise ValueError(f"{caller}: paths is empty; there are {', '.join(known)}")
+    return [path for path in known if path in chosen]
+
+
+def _line(ax: Any, steps: np.ndarray, values: np.ndarray, **style: Any) -> Any:
+    there = ~np.isnan(values)
+    # A line through a single point would not be seen.
+    marker = "o" if there.sum() == 1 else None
+    return ax.plot(steps[there], values[there], marker=marker, ms=4, **style)[0]
+
+
+def _short(line: Any) -> str:
+    label = str(line.get_label())
+    label = label if len(label) <= 40 else "…" + label[-39:]
+    return label if len(line.get_xdata()) else f"{label} (no values)"
+
+
+def _directions(label: str, points: Any) -> np.ndarray:
+    x = np.asarray(points, float)
+    if x.ndim != 2 or x.shape[1] != 3 or not len(x):
+        raise ValueError(f"plot_sphere: {label!r} has shape {x.shape}; needed is (steps, 3)")
+    if not np.isfinite(x).all() or not x.any(1).all():
+        raise ValueError(f"plot_sphere: {label!r} has a point that is 0 or not finite")
+    x = x / np.abs(x).max(1, keepdims=True)  # squares of the smallest and largest are not floats
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _great_circles(u: np.ndarray) -> np.ndarray:
+    """The points with others between them, at most 0.03 rad apart; antipodes: through the centre."""
+    before, after = u[:-1], u[1:]
+    chord, across = (np.linalg.norm(v, axis=1) for v in (after - before, after + before))
+    angle = np.maximum(2 * np.arctan2(chord, across), 1e-6)[:, None, None]
+    parts = int(np.ceil(angle.max(initial=0.03) / 0.03))
+    # Where on the chord are the points that are evenly spaced on the arc?
+    t = np.arange(parts)[:, None] / parts
+    t = 0.5 + np.tan((t - 0.5) * angle) / (2 * np.tan(angle / 2))
+    arc = (before[:, None] * (1 - t) + after[:, None] * t).reshape(-1, 3)
+    arc = np.concatenate([arc, u[-1:]])
+    return arc / np.maximum(np.linalg.norm(arc, axis=1, keepdims=True), 1e-9)
+
+
+def _draw_globe(ax: Any, view: np.ndarray, loss: Callable[[np.ndarray], Any] | None) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+
+    def sphere(polar: Any, azimuth: Any) -> np.ndarray:
+        polar, azimuth = np.broadcast_arrays(polar, azimuth)
+        flat = np.sin(polar)
+        return np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), np.cos(polar)], -1)
+
+    polar, azimuth = np.linspace(0, np.pi, 61)[:, None], np.linspace(0, 2 * np.pi, 121)
+    mesh = sphere(polar, azimuth)
+    faces = sphere((polar[1:] + polar[:-1]) / 2, (azimuth[1:] + azimuth[:-1]) / 2)
+    if loss is None:
+        shade = 0.86 + 0.12 * np.maximum(faces @ view, 0)[..., None]
+        colors = np.concatenate([np.repeat(shade, 3, -1), np.ones_like(shade)], -1)
+    else:
+        values = np.asarray(loss(faces.reshape(-1, 3)), float)
+        if values.shape != (faces[..., 0].size,) or not np.isfinite(values).any():
+            raise ValueError(
+                f"plot_sphere: loss of directions of shape (n, 3) returns shape {values.shape}, or "
+                "nothing finite; needed are (n,) numbers"
+            )
+        # Pale, for the trajectories to stand out.
+        pale = ListedColormap(0.45 * colormaps["cividis"](np.linspace(0, 1, 256)) + 0.55)
+        scale = ScalarMappable(cmap=pale)
+        scale.set_array(values := np.ma.masked_invalid(values))
+        scale.autoscale()
+        colors = scale.to_rgba(values).reshape(*faces.shape[:2], 4)
+        ax.figure.colorbar(scale, ax=ax, label="loss", shrink=0.6, pad=0.02)
+    near = (faces @ view > -0.1)[..., None]
+    colors = np.where(near, colors, 0)
+    style = {"rstride": 1, "cstride": 1, "shade": False, "antialiased": False, "lw": 0, "zorder": 0}
+    ax.plot_surface(*np.moveaxis(mesh, -1, 0), facecolors=colors, **style)
+    circles = [sphere(p, np.linspace(0, 2 * np.pi, 181)) for p in np.linspace(0, np.pi, 7)[1:-1]]
+    circles += [sphere(np.linspace(0, np.pi, 91), a) for a in np.linspace(0, 2 * np.pi, 13)[:-1]]
+    for circle in circles:
+        circle = np.where((circle @ view >= 0)[:, None], circle, np.nan)
+        ax.plot(*circle.T, color="0.6", lw=0.4, zorder=1)
+    # The outline: what is at a right angle to the view.
+    _, _, (_, across, up) = np.linalg.svd(view[None])
+    turn = np.linspace(0, 2 * np.pi, 181)[:, None]
+    ax.plot(*(np.cos(turn) * across + np.sin(turn) * up).T, color="0.5", lw=0.8, zorder=1)
