@@ -29,6 +29,7 @@ _AGREE = 0.02  # relative; above the rounding of a momentum in bfloat16
 # States beside the moments. Others, such as that of `optax.apply_if_finite`, may do anything.
 _NEUTRAL = (
     optax.EmptyState,
+    optax.MaskedNode,
     optax.MaskedState,
     optax.MultiStepsState,
     optax.transforms.PartitionState,
@@ -73,15 +74,20 @@ def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list
     tiny = _tiny(params, groups)
     try:
         with jax.ensure_compile_time_eval():
-            moments = _moments(tx.init(tiny))
+            moments = _moments(jax.eval_shape(tx.init, params))
             if moments is None:
                 return [None] * len(groups.leaves)
-            found = [_rule(path, x, moments) for path, x in _leaves(tiny)]
+            found = [_rule(path, x, moments) for path, x in _leaves(params)]
+            for tie in groups.ties:  # a bias may have as many groups as entries
+                together = all(rule is None or rule.elementwise for rule in (found[i] for i in tie))
+                for i in tie:
+                    rule = found[i]
+                    found[i] = None if rule is None else rule._replace(elementwise=together)
             found = _tested(tx, tiny, found, moments, groups)
     except Exception:  # what cannot be run on a tiny tree is not known; the real one may well run
         return [None] * len(groups.leaves)
     for tie in groups.ties:  # the leaves of one sphere have one rate, or none
-        if len({None if (rule := found[i]) is None else rule.elementwise for i in tie}) > 1:
+        if not all(found[i] for i in tie):
             found = [None if i in tie else rule for i, rule in enumerate(found)]
     return found
 
@@ -198,7 +204,9 @@ def _tiny(params: Any, groups: Groups) -> Any:
 
 def _axis(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
     """The axis along which the small groups extend, if there is one; off the spheres the first."""
-    return (tuple(range(jnp.ndim(x))) if leaf is None else leaf.summed)[:1]
+    if leaf is None:
+        return tuple(range(jnp.ndim(x)))[:1]
+    return leaf.summed[:1] if leaf.size > 1 else ()
 
 
 def _fill(state: Any, first: Callable[[Any], Any], second: Callable[[Any], Any]) -> Any:

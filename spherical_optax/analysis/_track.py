@@ -83,7 +83,7 @@ def track(
 
     def rules(params: Any, groups: Groups) -> list[Any]:
         leaves = groups.treedef.flatten_up_to(params)
-        key = (groups.treedef, *((jnp.shape(x), x is None or jnp.result_type(x)) for x in leaves))
+        key = (groups.treedef, *(x is None or (jnp.shape(x), jnp.result_type(x)) for x in leaves))
         if key not in known:
             known[key] = _schemes.rules(inner, params, groups)
         return known[key]

@@ -1,0 +1,413 @@
+"""`so.track`: the true effective learning rate, [14] over whole runs, and what a state tells."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spherical_optax as so
+
+from ..compiling import quick_jit
+from ..optimizers import SPHERES, TABLE, random_tree
+
+SMALL = {"conv": (3, 3, 2, 4), "dense": (6, 4), "bias": (4,)}
+ON = {"conv": so.Sphere(), "dense": so.Sphere((0,)), "bias": None}
+
+
+@pytest.fixture
+def promotion():
+    """Optax's schedules and bias corrections mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def _small(seed, dtype=jnp.float64):
+    return random_tree(seed, SMALL, dtype)
+
+
+def _rayleigh(seed):
+    """A radially invariant loss of every group, with gradients that are tangential to rounding."""
+    targets = _small(100 + seed)
+
+    def loss(params):
+        u = so.geometry.direction(params, ON)
+        aligned = jax.tree.map(lambda a, b: jnp.sum(jnp.sin(3 * a) * b), u, targets)
+        return sum(jax.tree.leaves(aligned))
+
+    return quick_jit(jax.grad(loss))
+
+
+@pytest.mark.usefixtures("x64", "promotion")
+class TestEffectiveRate:
+    """Against Theorem 2 with a and b worked out by hand."""
+
+    ETA, B1, B2, EPS, MU, DECAY = 0.05, 0.8, 0.95, 1e-4, 0.7, 0.3
+
+    def _adam(self, history, t, rate, grouped=False, decay=0.0):
+        """a and b of Adam [9] after the gradients of a history."""
+        m = v = jax.tree.map(jnp.zeros_like, history[0][1])
+        for x, g in history:
+            g = jax.tree.map(lambda g, x: g + decay * x, g, x)
+            m = jax.tree.map(lambda m, g: self.B1 * m + (1 - self.B1) * g, m, g)
+            v = jax.tree.map(lambda v, g: self.B2 * v + (1 - self.B2) * g * g, v, g)
+        a = jax.tree.map(lambda m: m / (1 - self.B1), m)
+        scale = (1 - self.B1**t) / (1 - self.B1)
+        return (
+            a,
+            jax.tree.map(lambda v: scale * (jnp.sqrt(v / (1 - self.B2**t)) + self.EPS), v),
+            rate,
+        )
+
+    def _sgd(self, history, t, rate):
+        del t
+        a = jax.tree.map(jnp.zeros_like, history[0][1])
+        for x, g in history:
+            a = jax.tree.map(lambda a, g, x: self.MU * a + g + self.DECAY * x, a, g, x)
+        return a, 1.0, rate
+
+    def _check(self, tx, by_hand, rate=None, leaves=("conv", "dense")):
+        tx = so.track(tx, ON)
+        grad, params, history = _rayleigh(0), _small(1), []
+        state, update = tx.init(params), quick_jit(tx.update)
+        for step in range(5):
+            # Not tangential: the radial part has to be accounted for too.
+            grads = jax.tree.map(lambda g, x: g + 0.1 * x, grad(params), params)
+            history.append((params, grads))
+            updates, state = update(grads, state, params)
+            a, b, eta = by_hand(history, step + 1, rate(step) if rate else self.ETA)
+            expected = so.analysis.image_step(params, a, b, eta, ON)
+            measured = so.analysis.measure_step(params, updates, ON)
+            for leaf in leaves:
+                np.testing.assert_allclose(
+                    optax.tree.get(state, "effective_lr")[leaf],
+                    expected.effective_lr[leaf],
+                    rtol=1e-6 if rate else 1e-8,  # Optax's schedules are in float32
+                )
+                np.testing.assert_allclose(state.angle[leaf], measured.angle[leaf], rtol=1e-8)
+            params = optax.apply_updates(params, updates)
+        return state
+
+    def _optax_adam(self, rate=ETA, **kwargs):
+        return optax.adam(rate, self.B1, self.B2, self.EPS, **kwargs)
+
+    def test_adam(self):
+        state = self._check(self._optax_adam(), self._adam)
+        assert state.effective_lr["bias"] is None
+
+    def test_adam_with_l2(self):
+        tx = so.adam(self.ETA, None, self.B1, self.B2, self.EPS, weight_decay=self.DECAY)
+        self._check(tx, lambda *args: self._adam(*args, decay=self.DECAY))
+
+    def test_adamw(self):
+        """A decoupled decay divides the rate by 1 - eta lambda."""
+
+        def by_hand(history, t, rate):
+            a, b, rate = self._adam(history, t, rate)
+            return a, b, rate / (1 - rate * self.DECAY)
+
+        tx = optax.adamw(self.ETA, self.B1, self.B2, self.EPS, weight_decay=self.DECAY)
+        self._check(tx, by_hand)
+
+    def test_sgd(self):
+        l2 = optax.add_decayed_weights(self.DECAY)
+        tx = optax.chain(l2, optax.sgd(self.ETA, momentum=self.MU))
+        self._check(tx, self._sgd)
+        self._check(so.sgd(self.ETA, momentum=self.MU, weight_decay=self.DECAY), self._sgd)
+
+    def test_schedule_from_zero(self):
+        schedule = optax.linear_schedule(0.0, self.ETA, 3)
+        self._check(self._optax_adam(schedule), self._adam, lambda s: float(schedule(s)))
+
+    def test_injected_hyperparameters(self):
+        schedule = optax.exponential_decay(self.ETA, 2, 0.5)
+        tx = optax.inject_hyperparams(optax.adam)(schedule, b1=self.B1, b2=self.B2, eps=self.EPS)
+        self._check(tx, self._adam, lambda s: float(schedule(s)))
+
+    def test_partition(self):
+        parts = {"adam": self._optax_adam(), "lion": optax.lion(0.1)}
+        tx = optax.partition(parts, {"conv": "adam", "dense": "lion", "bias": "adam"})
+        tracked = so.track(tx, ON)
+        # Lion's state may do anything, so nothing is known of the other part either.
+        rates = optax.tree.get(tracked.init(_small(1)), "effective_lr")
+        assert jax.tree.leaves(rates) == []
+        parts = {"adam": self._optax_adam(), "sgd": optax.sgd(0.3)}
+        tx = optax.partition(parts, {"conv": "adam", "dense": "sgd", "bias": "sgd"})
+        self._check(tx, self._adam, leaves=("conv",))
+
+    def test_accumulated_gradients(self):
+        tx = so.track(optax.MultiSteps(optax.sgd(self.ETA), 2), ON)
+        params, first, second = _small(1), _small(2), _small(3)
+        state = tx.init(params)
+        updates, state = tx.update(first, state, params)
+        assert not np.any(state.angle["conv"])
+        updates, state = tx.update(second, state, params)
+        moved = so.analysis.measure_step(params, updates, ON)
+        np.testing.assert_allclose(state.angle["conv"], moved.angle["conv"])
+
+    @pytest.mark.parametrize("name", TABLE)
+    def test_ours(self, name):
+        """eta^e c_perp is the step that was made, with c_perp of the momentum in the state."""
+        tx = so.track(TABLE[name](0.05, SPHERES, weight_decay=0.1), SPHERES)
+        params = random_tree(1, dtype=jnp.float64)
+        state, update = tx.init(params), quick_jit(tx.update)
+        for seed in range(2, 6):
+            grads = random_tree(seed, dtype=jnp.float64)
+            updates, state = update(grads, state, params)
+            before, params = params, optax.apply_updates(params, updates)
+        if name == "adam":
+            return  # element-wise b: see test_adam_with_l2
+        # Whatever is in the state is a, up to the 1 - b1 of an average.
+        inner = [
+            node
+            for node in jax.tree.leaves(state.inner_state, is_leaf=_has_momentum)
+            if _has_momentum(node)
+        ]
+        a, gain = grads, 1.0
+        for node in inner:
+            a, gain = (node.ema, 0.1) if hasattr(node, "ema") else (node.trace, 1.0)
+        measured = so.analysis.measure_step(before, updates, SPHERES)
+        image = so.analysis.image_step(
+            before, jax.tree.map(lambda a: a / gain, a), 1.0, 1.0, SPHERES
+        )
+        steps = so.geometry.scale(image.direction, state.effective_lr, SPHERES)
+        for (path, leaf), expected in zip(
+            jax.tree.leaves_with_path(measured.velocity), jax.tree.leaves(steps), strict=True
+        ):
+            keys = "/".join(k.key for k in path)
+            if keys not in ("conv/bias", "scalar", "one_row"):
+                np.testing.assert_allclose(leaf, -expected, rtol=1e-7, atol=1e-12)
+
+
+def _has_momentum(node):
+    return isinstance(node, tuple) and (hasattr(node, "ema") or hasattr(node, "trace"))
+
+
+@pytest.mark.usefixtures("x64", "promotion")
+@pytest.mark.parametrize("every", [1, 10])
+def test_equation_14_over_a_run(every):
+    """From radius, angle and radial cosine of a step follows the radius of the next."""
+    tx = so.track(optax.adamw(0.05, weight_decay=0.5), ON, every=every)
+    grad, params = _rayleigh(0), _small(1)
+    state, update = tx.init(params), quick_jit(tx.update)
+    for _ in range(60):
+        measured = int(state.calls) % every == 0
+        updates, state = update(grad(params), state, params)
+        params = optax.apply_updates(params, updates)
+        if measured:
+            assert int(state.step) == int(state.calls)
+            for leaf in ("conv", "dense"):
+                r, theta = state.radius[leaf], state.angle[leaf]
+                phi = jnp.arccos(state.radial_cosine[leaf])
+                following = r * jnp.sin(phi) / jnp.sin(phi - theta)
+                np.testing.assert_allclose(following, so.geometry.norm(params, ON)[leaf], rtol=1e-9)
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize(
+    "make", [lambda: optax.adam(0.1), lambda: optax.lion(0.1), lambda: so.adamsrt(0.1, ON)]
+)
+def test_every(make):
+    """What is measured now and then is what is measured always; the rest stays as it was."""
+    always, seldom = so.track(make(), ON), so.track(make(), ON, every=4)
+    params = _small(0, jnp.float32)
+    states = [tx.init(params) for tx in (always, seldom)]
+    updates = [jax.jit(tx.update) for tx in (always, seldom)]
+    last = None
+    for call in range(1, 10):
+        grads = _small(call, jnp.float32)
+        (q, states[0]), (q2, states[1]) = (
+            u(grads, s, params) for u, s in zip(updates, states, strict=True)
+        )
+        jax.tree.map(np.testing.assert_array_equal, q, q2)
+        if call % 4 == 1:
+            last = states[0]
+        assert int(states[1].step) == int(last.calls)
+        for name in ("radius", "angle", "effective_lr", "radial_cosine"):
+            jax.tree.map(
+                lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 2e-6),
+                getattr(states[1], name),
+                getattr(last, name),
+            )
+        params = optax.apply_updates(params, q)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_accumulation_around_which_a_period_would_miss_every_step():
+    tx = so.track(optax.MultiSteps(optax.adam(0.1), 2), ON, every=2)
+    params = _small(0, jnp.float32)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for call in range(1, 5):
+        _, state = update(_small(call, jnp.float32), state, params)
+    assert int(state.step) == 4
+    assert float(jnp.min(state.angle["conv"])) > 0
+
+
+class TestState:
+    def test_size(self):
+        params = {"w": jnp.ones((64, 64, 8)), "b": jnp.ones((8,))}
+        spheres = {"w": so.Sphere(), "b": None}
+        tx = so.track(so.sgd(0.1), spheres)
+        sizes = [x.size for x in jax.tree.leaves(tx.init(params))]
+        assert sum(sizes) == 4 * 8 + 3
+
+    @pytest.mark.parametrize("reduce", [jnp.median, jnp.max])
+    def test_reduce(self, reduce):
+        params, grads = _small(0, jnp.float32), _small(1, jnp.float32)
+        full, short = so.track(so.sgd(0.1), ON), so.track(so.sgd(0.1), ON, reduce=reduce)
+        for run in (lambda f: f, jax.jit):
+            _, state = run(full.update)(grads, full.init(params), params)
+            _, reduced = run(short.update)(grads, short.init(params), params)
+            for name in ("radius", "angle", "effective_lr", "radial_cosine"):
+                values = getattr(reduced, name)
+                assert values["bias"] is None
+                assert values["conv"].shape == ()
+                np.testing.assert_allclose(
+                    values["conv"], reduce(getattr(state, name)["conv"]), rtol=1e-6
+                )
+
+    def test_names_are_unique_around_ours(self):
+        for row in TABLE.values():
+            state = so.track(row(0.1, SPHERES), SPHERES).init(random_tree(0))
+            for name in ("radius", "angle", "effective_lr", "radial_cosine"):
+                assert optax.tree.get(state, name) is not None
+        state = so.track(so.retract(SPHERES, "initial"), SPHERES).init(random_tree(0))
+        assert optax.tree.get(state, "radius")["layer"].shape == (1, 1)
+
+    def test_map_params(self):
+        """What is kept is not shaped like the parameters: their shardings are not for it."""
+        tx = so.track(so.sgd(0.1, momentum=0.9), ON)
+        params = _small(0, jnp.float32)
+        state = tx.init(params)
+        mapped = optax.tree.map_params(tx, lambda s, p: p, state, params)
+        jax.tree.map(np.testing.assert_array_equal, mapped.radius, state.radius)
+        trace = optax.tree.get(mapped.inner_state, "trace")
+        jax.tree.map(np.testing.assert_array_equal, trace, params)
+
+    def test_zero_filters_and_missing_updates(self):
+        params = {"w": jnp.zeros((3, 2)), "frozen": jnp.ones((3, 2)), "gone": None}
+        spheres = {"w": so.Sphere(), "frozen": so.Sphere(), "gone": None}
+        grads = {"w": jnp.ones((3, 2)), "frozen": None, "gone": None}
+        for tx in (so.sgd(0.1), so.adam(0.1), so.adamsrt(0.1, spheres)):
+            for every in (1, 2):
+                tracked = so.track(tx, spheres, every=every)
+                updates, state = jax.jit(tracked.update)(grads, tracked.init(params), params)
+                assert updates["frozen"] is None
+                for name in ("radius", "angle", "effective_lr", "radial_cosine"):
+                    for value in jax.tree.leaves(getattr(state, name)):
+                        assert bool(jnp.all(jnp.isfinite(value)))
+                assert not np.any(state.angle["frozen"])
+
+    def test_explicit_sharding(self):
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+            params = {"w": jax.device_put(np.eye(8, dtype=np.float32) + 1, over)}
+            for every in (1, 2):
+                tx = so.track(so.adam(0.1), so.Sphere(), every=every)
+                state = tx.init(params)
+                updates, after = quick_jit(tx.update)(params, state, params)
+                assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+                assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
+
+    def test_bad_input(self):
+        for every in (0, -1, 2.0, True):
+            with pytest.raises(ValueError, match="positive integer"):
+                so.track(so.sgd(0.1), ON, every=every)
+        params = _small(0, jnp.float32)
+        tx = so.track(so.sgd(0.1), ON)
+        with pytest.raises(ValueError, match="with the parameters"):
+            tx.update(params, tx.init(params))
+        with pytest.raises(ValueError, match=r"'conv' of shape \(3, 3, 2, 4\)"):
+            so.track(so.sgd(0.1), {**ON, "conv": so.Sphere((7,))}).init(params)
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.adam(0.1), optax.clip(100.0)),
+        optax.chain(optax.adam(0.1), optax.clip_by_global_norm(1.0)),
+        optax.chain(optax.trace(0.9), optax.scale_by_sign(), optax.scale(-0.1)),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.nadam(0.1),
+        optax.chain(optax.adam(0.1), optax.adam(0.1)),
+        optax.apply_if_finite(optax.adam(0.1), 3),
+    ],
+)
+def test_never_pretends(tx):
+    """What looks like Adam or SGD in its state, but does something else with it."""
+    rates = optax.tree.get(so.track(tx, ON).init(_small(0, jnp.float32)), "effective_lr")
+    assert jax.tree.leaves(rates) == []
+
+
+class TestSummary:
+    def _state(self, tx=None):
+        tracked = so.track(so.sgd(0.1) if tx is None else tx, ON)
+        params = _small(0, jnp.float32)
+        return tracked.update(_small(1, jnp.float32), tracked.init(params), params)[1]
+
+    def test_plain_floats(self):
+        state = self._state()
+        found = so.analysis.summary(state)
+        assert found["step"] == 1
+        assert all(type(value) is float for value in found.values())
+        assert found["angle/conv"] == pytest.approx(float(jnp.median(state.angle["conv"])))
+        assert set(found) == {"step"} | {
+            f"{q}/{leaf}"
+            for q in ("radius", "angle", "effective_lr", "radial_cosine")
+            for leaf in ("conv", "dense")
+        }
+        largest = so.analysis.summary(state, reduce=np.max)
+        assert largest["angle/conv"] == pytest.approx(float(jnp.max(state.angle["conv"])))
+
+    @pytest.mark.usefixtures("promotion")
+    def test_unknown_rate_is_absent(self):
+        found = so.analysis.summary(self._state(optax.lion(0.1)))
+        assert "angle/conv" in found
+        assert not any(name.startswith("effective_lr") for name in found)
+
+    @pytest.mark.usefixtures("promotion")
+    def test_is_found_within(self):
+        params = _small(0, jnp.float32)
+        tx = optax.MultiSteps(so.track(so.sgd(0.1), ON), 2)
+        assert so.analysis.summary(tx.init(params))["step"] == 0
+        with pytest.raises(ValueError, match="no TrackState in dict"):
+            so.analysis.summary({"a": params})
+        with pytest.raises(ValueError, match="2 TrackStates"):
+            so.analysis.summary([self._state(), self._state()])
+
+    def test_writers(self, tmp_path):
+        tensorboard = pytest.importorskip("tensorboardX")
+        state = self._state()
+
+        class Clu:
+            def write_scalars(self, step, scalars):
+                self.written = step, scalars
+
+        clu = Clu()
+        so.analysis.write_summary(clu, state, prefix="run")
+        assert clu.written[0] == 1
+        assert "run/radius/conv" in clu.written[1]
+        with tensorboard.SummaryWriter(str(tmp_path / "a")) as writer:
+            so.analysis.write_summary(writer, state)
+        so.analysis.write_summary(tmp_path / "b", state)
+        for folder in ("a", "b"):
+            events = list((tmp_path / folder).glob("events.*"))
+            assert events
+            assert b"spheres/angle/conv" in events[0].read_bytes()
+        with pytest.raises(TypeError, match="add_scalar"):
+            so.analysis.write_summary(3, state)
+
+    @pytest.mark.usefixtures("promotion")
+    def test_table(self):
+        console = pytest.importorskip("rich.console").Console(
+            width=160, record=True, file=io.StringIO()
+        )
+        console.print(so.analysis.summary_table(self._state(optax.lion(0.1))))
+        text = console.export_text()
+        assert "conv" in text
+        assert "unknown" in text
+        assert "angle, rad" in text
