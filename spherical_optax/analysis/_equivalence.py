@@ -41,8 +41,9 @@ def adamg_star_from_sgd(
 
     Source: Theorem 4.
     """
-    constants = isinstance(learning_rate, int | float) and isinstance(weight_decay, int | float)
-    if constants and not (learning_rate > 0 and 0 <= learning_rate * weight_decay < 1):
+    rate, decay = learning_rate, weight_decay
+    constants = isinstance(rate, int | float) and isinstance(decay, int | float)
+    if constants and not (rate > 0 and 0 <= rate * decay < 1):  # pyright: ignore
         raise ValueError(
             f"adamg_star_from_sgd: learning rate {learning_rate} and weight decay {weight_decay}; "
             "needed are a positive rate, and a product of both from 0 to below 1"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from spherical_optax import geometry
 from spherical_optax._arithmetic import divide, given
@@ -19,9 +20,11 @@ class TrackState(NamedTuple):
     """State of `track`: trees shaped like the parameters, None off the spheres."""
 
     inner_state: optax.OptState
-    calls: jax.Array  # of update so far, int32
-    step: jax.Array  # the call that was measured last, counted from 1; 0 before the first
-    due: jax.Array  # the call that will be measured next
+    calls: jax.typing.ArrayLike  # of update so far, int32
+    step: (
+        jax.typing.ArrayLike
+    )  # the call that was measured last, counted from 1; 0 before the first
+    due: jax.typing.ArrayLike  # the call that will be measured next
     radius: Any  # ||x|| before that step
     angle: Any  # moved by it, radians
     effective_lr: Any  # eta^e of it; None where a and b are not known
@@ -123,7 +126,7 @@ def track(
         if every == 1:
             seen = look(updates)
             updates = _after(_moved(seen[3]), updates)
-        elif not isinstance(calls, jax.core.Tracer):
+        elif not isinstance(calls, Tracer):
             seen = look(updates) if calls >= state.due else last
         else:
             # A condition that takes the updates forces them into memory at every step. Where they follow
@@ -176,7 +179,7 @@ def _measure(
         if rule is not None and rule.elementwise:
             b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, b)))
             turn = _moved(b)
-        q = _in(turn, [jnp.zeros_like(y) if u is None else u for y, u in zip(x, q, strict=True)])
+        q = _in(turn, _filled(q, x))
         xx, xq, qq = (part.sum(lambda a, b: a * b, *pair) for pair in ((x, x), (x, q), (q, q)))
         radius = part.scalars(geometry.sqrt, xx)
         angle = part.scalars(_angle, part.scalars(_tangent, qq, xq, xx), xq, xx)
@@ -186,10 +189,7 @@ def _measure(
         elif rule is not None:
             # b is one number per group, so that c = r a [11], and eta^e = tan(angle) / ||c_perp||:
             # whatever else has scaled the point, decoupled decay or a retraction.
-            a = m if rule.momentum else g
-            a = _in(
-                turn, [jnp.zeros_like(y) if z is None else z for y, z in zip(x, a, strict=True)]
-            )
+            a = _in(turn, _filled(m if rule.momentum else g, x))
             aa, ax = part.sum(jnp.square, a), part.sum(lambda a, b: a * b, a, x)
             tangent = part.scalars(_tangent, aa, ax, xx)
             rate = part.scalars(_rate_from_a, tangent, response, angle, radius)
@@ -199,6 +199,11 @@ def _measure(
             for i, value in zip(where, values, strict=True):
                 column[i] = value
     return tuple(jax.tree.unflatten(groups.treedef, column) for column in found)  # pyright: ignore
+
+
+def _filled(leaves: list[Any], like: list[Any]) -> list[Any]:
+    """Zeros for the updates that Equinox leaves out."""
+    return [jnp.zeros_like(y) if x is None else x for x, y in zip(leaves, like, strict=True)]
 
 
 def _update(x: Any, m: Any, b: jax.Array, response: Any) -> jax.Array:
