@@ -3,14 +3,17 @@
 import pathlib
 import re
 
+import pytest
+
 import spherical_optax as so
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.usefixtures("standard_promotion")  # for Optax's bias correction
 def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
