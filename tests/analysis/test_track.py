@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import spherical_optax as so
 
@@ -232,6 +233,61 @@ def test_every(make):
                 getattr(last, name),
             )
         params = optax.apply_updates(params, q)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_compiled_without_being_seen_before():
+    """What an optimizer is, is found while it is compiled: no call outside of jit has to come first."""
+    tx = so.track(optax.adamw(0.1), ON, every=2)
+
+    @jax.jit
+    def both(params, grads):
+        return tx.update(grads, tx.init(params), params)
+
+    params, grads = _small(0, jnp.float32), _small(1, jnp.float32)
+    _, state = both(params, grads)
+    again = so.track(optax.adamw(0.1), ON, every=2)
+    _, expected = again.update(grads, again.init(params), params)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, 1e-5),
+        state.effective_lr,
+        expected.effective_lr,
+    )
+    assert state.effective_lr["conv"].shape == (1, 1, 1, 4)
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("every", [1, 3])
+def test_nnx(every):
+    """In `nnx.Optimizer`, whose state is made of variables, and in the summary of its state."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    with jax.numpy_rank_promotion("allow"):
+        model = Net(nnx.Rngs(0))
+        spheres = so.spheres_where(nnx.state(model, nnx.Param), "linear/kernel")
+        tx = so.track(optax.adam(0.1), spheres, every=every)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        inputs = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+
+        @nnx.jit
+        def step(model, optimizer):
+            optimizer.update(model, nnx.grad(lambda m: jnp.mean(m(inputs) ** 3))(model))
+
+        for _ in range(3):
+            step(model, optimizer)
+        found = so.analysis.summary(optimizer.opt_state)
+    assert found["step"] == (3 if every == 1 else 1)
+    assert set(found) == {"step"} | {
+        f"{name}/linear/kernel" for name in ("radius", "angle", "effective_lr", "radial_cosine")
+    }
+    assert found["effective_lr/linear/kernel"] > 0
 
 
 @pytest.mark.usefixtures("promotion")
