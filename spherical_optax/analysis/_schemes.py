@@ -72,9 +72,8 @@ class Response(NamedTuple):
 def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list[Rule | None]:
     """For each leaf how its rate is known, None where it is not."""
     try:
-        with (
-            jax.ensure_compile_time_eval()
-        ):  # all of it, also while the optimizer is being compiled
+        # All of it now, also while the optimizer is being compiled.
+        with jax.ensure_compile_time_eval():
             tiny = _tiny(params, groups)
             moments = _moments(jax.eval_shape(tx.init, params))
             if moments is None:
