@@ -46,7 +46,8 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
     found = {"step": float(np.asarray(jax.tree.leaves(step)[0]))}
     for name, tree in zip(QUANTITIES, trees, strict=True):
         for path, values in named_leaves(tree, lambda _: False)[0]:
-            if np.size(values):
+            known = name != "effective_lr" or not np.isnan(values).any()
+            if np.size(values) and known:
                 found["/".join((name, *path))] = float(reduce(np.asarray(values, float)))
     return found
 

@@ -1,5 +1,6 @@
 """Sees what any optimizer does on the spheres, and changes nothing in it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from spherical_optax._arithmetic import divide, given
 from spherical_optax._groups import Groups, accurate
 from spherical_optax._spheres import Spheres, match
 from spherical_optax.analysis import _schemes
-from spherical_optax.analysis._steps import over, radial_cosine
+from spherical_optax.analysis._steps import radial_cosine
 
 
 class TrackState(NamedTuple):
@@ -44,11 +45,12 @@ def track(
     effective_lr = eta^e = A / (1 - A <c, u>),  A = eta / (r^2 d^{-1/2} ||b||)                  [11]
 
     The first three are measured from x and the update q alone. The effective learning rate needs the a
-    and b of x - eta a / b. It is there for `optax.adam`, `optax.adamw`, `optax.sgd` (not with Nesterov's
-    momentum) and the optimizers of this package, in chains, masks, partitions, with schedules and
-    `optax.inject_hyperparams`; it is None for all others. What an optimizer is, is measured too: no
-    hyperparameter has to be given twice (`analysis/_schemes.py` says how). Where the direction c_perp is
-    0 there is nothing to measure a rate by; it is 0 then, except for Adam, where b tells it.
+    and b of x - eta a / b. It is there for `optax.adam`, `optax.adamw`, `optax.sgd` and the optimizers
+    of this package, in chains, masks, partitions, with schedules and `optax.inject_hyperparams`, and
+    None for what has other states. b1 and eps are read from how the optimizer responds to moments on a
+    tiny tree, eta from the angle; and whenever a step is measured, each update has to lie along a / b,
+    or its rate is NaN: with Nesterov's momentum, gradients accumulated for SGD, a clip by value. What
+    did not move has 0.
 
     Read it by name: `optax.tree.get(state, "angle")`, or `so.analysis.summary(state)`. Around
     `optax.MultiSteps`, the steps between those that move measure an angle of 0; inside it
@@ -129,11 +131,7 @@ def track(
         elif not isinstance(calls, Tracer):
             seen = look(updates) if calls >= state.due else last
         else:
-            # A condition that takes the updates forces them into memory at every step. Where they follow
-            # from the new moments it makes its own.
-            follow = _schemes.predictable(inner_state, known, groups)
-            taken = None if follow else updates
-            seen = jax.lax.cond(calls >= state.due, lambda: look(taken), lambda: last)
+            seen = jax.lax.cond(calls >= state.due, lambda: look(updates), lambda: last)
             updates = _after(seen[1], updates)
         return updates, TrackState(inner_state, calls, *seen)
 
@@ -150,13 +148,9 @@ def _measure(
     rules: list[Any],
     groups: Groups,
 ) -> tuple[Any, Any, Any, Any]:
-    """Radius, angle, effective learning rate and radial cosine: group-sized trees.
-
-    Without `updates`, of those that follow from the moments `after`.
-    """
-    xs, gs = (groups.treedef.flatten_up_to(tree) for tree in (params, grads))
+    """Radius, angle, effective learning rate and radial cosine: group-sized trees."""
+    xs, gs, qs = (groups.treedef.flatten_up_to(tree) for tree in (params, grads, updates))
     n = len(xs)
-    qs = [None] * n if updates is None else groups.treedef.flatten_up_to(updates)
     found: list[list[Any]] = [[None] * n for _ in range(4)]
     used = [rule for rule, leaf in zip(rules, groups.leaves, strict=True) if leaf is not None]
     firsts, seconds, responses = [None] * n, [None] * n, [None] * n
@@ -169,30 +163,29 @@ def _measure(
             [column[i] for i in where] for column in (xs, gs, qs, firsts, seconds, responses)
         )
         rule = rules[where[0]]
-        rate: Any = [None] * len(where)
-        b: Any = None
         # One array at a time: all of this then needs little more memory than the largest.
-        if rule is not None and (rule.elementwise or updates is None):
-            b = [_denominator(*pair) for pair in zip(_in(turn, v), response, strict=True)]
-        if updates is None:
-            q = [_update(*args) for args in zip(x, _in(turn, m), b, response, strict=True)]
-        if rule is not None and rule.elementwise:
-            b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, b)))
-            turn = _moved(b)
         q = _in(turn, _filled(q, x))
-        xx, xq, qq = (part.sum(lambda a, b: a * b, *pair) for pair in ((x, x), (x, q), (q, q)))
+        xx, xq, qq = (part.sum(_product, *pair) for pair in ((x, x), (x, q), (q, q)))
         radius = part.scalars(geometry.sqrt, xx)
         angle = part.scalars(_angle, part.scalars(_tangent, qq, xq, xx), xq, xx)
         turn = _moved(angle)
-        if rule is not None and rule.elementwise:
-            rate = part.scalars(_rate_from_b, b, xx, xq, response)
-        elif rule is not None:
-            # b is one number per group, so that c = r a [11], and eta^e = tan(angle) / ||c_perp||:
-            # whatever else has scaled the point, decoupled decay or a retraction.
+        rate: Any = [None] * len(where)
+        if rule is not None:
             a = _in(turn, _filled(m if rule.momentum else g, x))
-            aa, ax = part.sum(jnp.square, a), part.sum(lambda a, b: a * b, a, x)
-            tangent = part.scalars(_tangent, aa, ax, xx)
-            rate = part.scalars(_rate_from_a, tangent, response, angle, radius)
+            a = [accurate(y) / _as(s.gain, accurate(y)) for y, s in zip(a, response, strict=True)]
+            b = part.scalars(jnp.ones_like, radius)
+            if rule.elementwise:
+                roots = [
+                    jnp.sqrt(accurate(y)) + _as(s.eps, accurate(y))
+                    for y, s in zip(_in(turn, v), response, strict=True)
+                ]
+                a = [divide(y, z.astype(y.dtype)) for y, z in zip(a, roots, strict=True)]
+                b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, roots)))
+            sums = (part.sum(_product, *pair) for pair in ((a, x), (a, a), (a, q)))
+            noise = max(
+                float(jnp.finfo(y.dtype).eps) for y in (*q, *(z for z in m if z is not None))
+            )
+            rate = part.scalars(functools.partial(_rate, noise), *sums, xx, xq, qq, b, angle)
             turn = _moved(rate)
         cosine = radial_cosine(xq, radius, part.scalars(geometry.sqrt, qq), part)
         for column, values in zip(found, (radius, angle, rate, cosine), strict=True):
@@ -206,32 +199,30 @@ def _filled(leaves: list[Any], like: list[Any]) -> list[Any]:
     return [jnp.zeros_like(y) if x is None else x for x, y in zip(leaves, like, strict=True)]
 
 
-def _update(x: Any, m: Any, b: jax.Array, response: Any) -> jax.Array:
-    """q = -a / (b / eta) - decay x"""
-    a = accurate(m).astype(b.dtype) / response.gain.astype(b.dtype)
-    q = -divide(a, b) - response.decay.astype(b.dtype) * accurate(x).astype(b.dtype)
-    return jnp.where(response.moves, q, jnp.zeros_like(q))
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x * y
 
 
-def _denominator(v: Any, response: Any) -> jax.Array:
-    """b / eta of every coordinate, or of all."""
-    if v is None:
-        return response.offset
-    v = accurate(v)
-    return response.slope.astype(v.dtype) * jnp.sqrt(v) + response.offset.astype(v.dtype)
+def _as(value: Any, like: jax.Array) -> jax.Array:
+    return jnp.asarray(value, like.dtype)
 
 
-def _rate_from_b(b: jax.Array, xx: jax.Array, xq: jax.Array, response: Any) -> jax.Array:
-    """eta^e = 1 / (b / eta (r^2 + <q, x>)) [11], where the update is q = -eta a / b."""
-    there = response.moves & (xx > 0)
-    return jnp.where(there, over(1.0, b * (xx + xq)), 0.0)
+def _rate(
+    noise: float, px: Any, pp: Any, pq: Any, xx: Any, xq: Any, qq: Any, b: Any, angle: Any
+) -> Any:
+    """eta^e = tan(angle) / ||c_perp|| with c = r b p [11], where p = a / b and b its root mean square.
 
-
-def _rate_from_a(
-    tangent: jax.Array, response: Any, angle: jax.Array, radius: jax.Array
-) -> jax.Array:
-    a = tangent / response.gain.astype(tangent.dtype)
-    return geometry.ratio(jnp.tan(angle), radius * a, otherwise=0.0)
+    Whatever scales the step or the point besides (a schedule, a clip of the norm, a decoupled decay, a
+    retraction) is in the angle. What turns it is not: then a and b are not what the state says, and the
+    rate is not known.
+    """
+    p, q = _tangent(pp, px, xx), _tangent(qq, xq, xx)
+    across = pq - geometry.ratio(px, xx, otherwise=0.0) * xq  # <p_perp, q_perp>
+    rate = geometry.ratio(jnp.tan(angle), geometry.sqrt(xx) * b * p, otherwise=0.0)
+    # The sine of the angle between them, against the rounding of the update and the momentum.
+    apart = geometry.sqrt(jnp.maximum(1 - jnp.square(geometry.ratio(across, p * q)), 0.0))
+    along = (across <= 0) & (apart < 0.01 + 4 * noise)
+    return jnp.where((p > 0) & (q > 0), jnp.where(along, rate, jnp.nan), 0.0)
 
 
 def _angle(tangent: jax.Array, xq: jax.Array, xx: jax.Array) -> jax.Array:

@@ -380,23 +380,82 @@ class TestState:
             so.track(so.sgd(0.1), {**ON, "conv": so.Sphere((7,))}).init(params)
 
 
+def _bare_momentum(decay):
+    """Heavy ball with a plain tree for a state."""
+
+    def update(updates, state, params=None):
+        del params
+        state = jax.tree.map(lambda m, g: decay * m + g, state, updates)
+        return state, state
+
+    return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+
+
+def _cautious(updates, params):
+    del params
+    return jax.tree.map(
+        lambda u: jnp.where(jnp.arange(u.size).reshape(u.shape) // 4 % 2, u, 0), updates
+    )
+
+
 @pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.chain(optax.adam(0.1), optax.clip(100.0)),
-        optax.chain(optax.adam(0.1), optax.clip_by_global_norm(1.0)),
+        optax.chain(optax.adam(0.1), optax.clip(0.02)),
+        optax.chain(optax.clip(0.1), optax.sgd(0.1)),
         optax.chain(optax.trace(0.9), optax.scale_by_sign(), optax.scale(-0.1)),
         optax.sgd(0.1, momentum=0.9, nesterov=True),
         optax.nadam(0.1),
+        optax.adam(0.1, eps_root=1.0),
         optax.chain(optax.adam(0.1), optax.adam(0.1)),
         optax.apply_if_finite(optax.adam(0.1), 3),
+        optax.chain(_bare_momentum(0.9), optax.scale(-0.1)),
+        optax.chain(optax.adam(0.1), _bare_momentum(0.9)),
+        optax.chain(optax.adam(0.1), optax.stateless(_cautious)),
+        optax.MultiSteps(optax.sgd(0.1), 2),
     ],
 )
-def test_never_pretends(tx):
+def test_never_pretends(tx, every):
     """What looks like Adam or SGD in its state, but does something else with it."""
-    rates = optax.tree.get(so.track(tx, ON).init(_small(0, jnp.float32)), "effective_lr")
-    assert jax.tree.leaves(rates) == []
+    tracked = so.track(tx, ON, every=every)
+    params = _small(0, jnp.float32)
+    state, update = tracked.init(params), quick_jit(tracked.update)
+    for seed in range(1, 5):
+        updates, state = update(_small(seed, jnp.float32), state, params)
+        before, params = params, optax.apply_updates(params, updates)
+    rate = state.effective_lr["conv"]
+    assert rate is None or bool(jnp.all(jnp.isnan(rate)))
+    assert "effective_lr/conv" not in so.analysis.summary(state)
+    if int(state.step) < 4:
+        return
+    measured = so.analysis.measure_step(before, updates, ON)
+    np.testing.assert_allclose(state.angle["conv"], measured.angle["conv"], rtol=1e-3)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_rates_of_each_leaf():
+    """What scales the leaves of one Adam differently, by size or mask, is in their rates."""
+
+    def per_leaf(updates, params):
+        del params
+        return jax.tree.map(lambda u: u / u.size, updates)
+
+    params, grads = _small(0, jnp.float32), _small(1, jnp.float32)
+    plain = so.track(optax.adam(0.1), ON)
+    scaled = so.track(optax.chain(optax.adam(0.1), optax.stateless(per_leaf)), ON)
+    _, expected = plain.update(grads, plain.init(params), params)
+    _, state = scaled.update(grads, scaled.init(params), params)
+    for leaf in ("conv", "dense"):
+        np.testing.assert_allclose(
+            state.effective_lr[leaf] * params[leaf].size / expected.effective_lr[leaf], 1.0, 0.1
+        )
+    labels = lambda tree: jax.tree.map(lambda x: "a" if x.size > 50 else "b", tree)  # noqa: E731
+    tx = so.track(optax.partition({"a": optax.adam(0.1), "b": optax.sgd(0.1)}, labels), ON)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert jax.tree.leaves(state.effective_lr) == []
+    assert float(jnp.min(state.angle["conv"])) > 0
 
 
 class TestSummary:
