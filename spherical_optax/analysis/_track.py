@@ -153,15 +153,15 @@ def _measure(
     n = len(xs)
     found: list[list[Any]] = [[None] * n for _ in range(4)]
     used = [rule for rule, leaf in zip(rules, groups.leaves, strict=True) if leaf is not None]
-    firsts, seconds, responses = [None] * n, [None] * n, [None] * n
+    firsts: list[Any] = [None] * n
+    seconds, responses = list(firsts), list(firsts)
     if any(used):
         firsts, seconds = _schemes.moments_of(after, params)
-        responses = _schemes.respond(tx, params, before, rules, groups)
+        responses = list(_schemes.respond(tx, params, before, rules, groups))
+    columns: list[list[Any]] = [xs, gs, qs, firsts, seconds, responses]
     turn: Any = None
     for where, part in groups.parts():
-        x, g, q, m, v, response = (
-            [column[i] for i in where] for column in (xs, gs, qs, firsts, seconds, responses)
-        )
+        x, g, q, m, v, response = ([column[i] for i in where] for column in columns)
         rule = rules[where[0]]
         # One array at a time: all of this then needs little more memory than the largest.
         q = _in(turn, _filled(q, x))
