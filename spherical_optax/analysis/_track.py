@@ -59,7 +59,8 @@ def track(
     Args:
       tx: any Optax optimizer.
       spheres: how the leaves split into groups.
-      every: measure the first step and then every so many; the others cost next to nothing.
+      every: measure the first step and then every so many. The updates then have to be in memory at
+        every step, which costs time where they would not be (see `python -m benchmarks.speed`).
       reduce: None keeps one number per group, of keepdims shape; a function such as `jnp.median` keeps
         what it makes of them, one number per leaf.
 
