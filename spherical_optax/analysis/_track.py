@@ -14,6 +14,7 @@ from spherical_optax._arithmetic import divide, given
 from spherical_optax._groups import Groups, accurate
 from spherical_optax._spheres import Spheres, match
 from spherical_optax.analysis import _schemes
+from spherical_optax.analysis._replay import replay
 from spherical_optax.analysis._steps import radial_cosine
 
 
@@ -132,7 +133,11 @@ def track(
         elif not isinstance(calls, Tracer):
             seen = look(updates) if calls >= state.due else last
         else:
-            seen = jax.lax.cond(calls >= state.due, lambda: look(updates), lambda: last)
+            # Not the updates themselves: at every step they would have to be in memory.
+            again = replay(inner, grads, before, params, **extra_args) or (lambda _: updates)
+            seen = jax.lax.cond(
+                calls >= state.due, lambda: look(again(inner_state)), lambda: last
+            )
             updates = _after(seen[1], updates)
         return updates, TrackState(inner_state, calls, *seen)
 
