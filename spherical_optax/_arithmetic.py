@@ -44,6 +44,15 @@ def scalar(value: Any, dtype: Any) -> Any:
     return value if type(value) in (int, float) else jnp.asarray(value, dtype)
 
 
+def not_schedule(caller: str, value: Any) -> Any:
+    """The value; a schedule has none of its own."""
+    if callable(value):
+        raise ValueError(
+            f"{caller}: {value!r} is a schedule; give its value at the step, schedule(count)"
+        )
+    return value
+
+
 def l2_now(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
     """The L2 coefficient of this step; None for a constant zero, which needs no parameters."""
     if type(weight_decay) in (int, float) and weight_decay == 0:

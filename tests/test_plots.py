@@ -192,6 +192,18 @@ def test_paths(paths, which):
     assert labels(ax) == [f"Conv_{i}/kernel" for i in which]
 
 
+def test_predicted_radius():
+    ax = new_axes()
+    A.plot_radii(history(1), ax, predicted=2.0)
+    assert legend(ax)[-1] == "predicted at equilibrium"
+    assert set(ax.lines[-1].get_ydata()) == {2.0}
+
+
+def test_paths_that_are_no_expression():
+    with pytest.raises(ValueError, match=r"^plot_radii: '\(' is no regular expression: missing"):
+        A.plot_radii(history(2), new_axes(), paths="(")
+
+
 @pytest.mark.parametrize(("paths", "said"), [("Dense", "'Dense' matches"), ([], "paths is empty")])
 def test_paths_that_match_nothing(paths, said):
     with pytest.raises(ValueError, match=rf"^plot_radii: {said}.*Conv_0/kernel, Conv_1/kernel$"):
@@ -212,7 +224,7 @@ def test_order():
 
 
 @pytest.mark.parametrize("quantity", PLOTS)
-@pytest.mark.parametrize("nothing", [[], history(1)[0], [{"loss": 1.0}], "radius"])
+@pytest.mark.parametrize("nothing", [[], history(1)[0], [{"loss": 1.0}], "radius", None])
 def test_no_history(quantity, nothing):
     with pytest.raises(
         ValueError, match=rf"^{PLOTS[quantity].__name__}: give a list of so.analysis"
@@ -448,6 +460,11 @@ def test_sphere_loss_that_is_none(loss, shape):
 def test_sphere_errors(points, said):
     with pytest.raises(ValueError, match=f"^plot_sphere: {said}"):
         sphere({"a": points})
+
+
+def test_sphere_without_labels():
+    with pytest.raises(ValueError, match=r"^plot_sphere: give a dict"):
+        sphere([np.eye(3)])
 
 
 def test_sphere_on_flat_axes():

@@ -39,7 +39,8 @@ def decompose_momentum(
       beta^{k-i} grad L(x_i) and of beta^{k-i} x_i.
 
     Raises:
-      ValueError: if the sequences are empty or differ in length, or `spheres` does not fit.
+      ValueError: if there are no sequences, if they are empty or differ in length, or `spheres` does
+        not fit.
 
     >>> x = [{"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [2.0]])}]
     >>> g = [{"w": jnp.array([[0.0], [3.0]])}, {"w": jnp.array([[1.0], [0.0]])}]
@@ -49,6 +50,10 @@ def decompose_momentum(
 
     Source: [16-17] and appendix D.1.
     """
+    if not all(isinstance(trees, Sequence) for trees in (params, grads)):
+        raise ValueError(
+            "decompose_momentum: give lists of trees, one of each per step, oldest first"
+        )
     if not params or len(params) != len(grads):
         raise ValueError(
             f"decompose_momentum: {len(params)} points and {len(grads)} gradients; "

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spherical_optax._arithmetic import not_schedule
+
 
 class Equilibrium(NamedTuple):
     """The steady state of a group under weight decay, in root mean square."""
@@ -84,4 +86,4 @@ def adamw_equilibrium(
 
 
 def _floats(*values: jax.typing.ArrayLike) -> list[jax.Array]:
-    return [jnp.asarray(value, jnp.result_type(float)) for value in values]
+    return [jnp.asarray(not_schedule("equilibrium", x), jnp.result_type(float)) for x in values]

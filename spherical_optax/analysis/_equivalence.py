@@ -4,6 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from spherical_optax._arithmetic import not_schedule
 
 
 class AdamGStar(NamedTuple):
@@ -32,8 +36,8 @@ def adamg_star_from_sgd(
       An `AdamGStar`, with `v0` shaped like `radius`.
 
     Raises:
-      ValueError: if a constant learning rate is not positive, or learning rate times weight decay is
-        not below 1.
+      ValueError: if a learning rate that is known is not positive, or learning rate times weight decay
+        is not below 1; if one of them is a schedule.
 
     >>> star = so.analysis.adamg_star_from_sgd(0.1, 0.5, radius=2.0)
     >>> star.beta, star.learning_rate
@@ -41,15 +45,15 @@ def adamg_star_from_sgd(
 
     Source: Theorem 4.
     """
-    rate, decay = learning_rate, weight_decay
-    constants = isinstance(rate, int | float) and isinstance(decay, int | float)
-    if constants and not (rate > 0 and 0 <= rate * decay < 1):  # pyright: ignore
+    rate, decay = (not_schedule("adamg_star_from_sgd", x) for x in (learning_rate, weight_decay))
+    known = not isinstance(rate, Tracer) and not isinstance(decay, Tracer)
+    if known and not (np.all(rate > 0) and np.all(rate * decay >= 0) and np.all(rate * decay < 1)):
         raise ValueError(
             f"adamg_star_from_sgd: learning rate {learning_rate} and weight decay {weight_decay}; "
             "needed are a positive rate, and a product of both from 0 to below 1"
         )
-    eta = jnp.asarray(learning_rate, jnp.result_type(float))
-    shrink = 1 - eta * jnp.asarray(weight_decay, eta.dtype)
+    eta = jnp.asarray(rate, jnp.result_type(float))
+    shrink = 1 - eta * jnp.asarray(decay, eta.dtype)
     root = shrink * shrink  # beta^{1/2}
     v0 = jax.tree.map(
         lambda r: jnp.asarray(r, jnp.result_type(float)) ** 4 / (2 * eta * eta * root),

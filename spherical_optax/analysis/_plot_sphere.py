@@ -37,8 +37,9 @@ def plot_sphere(
       The Axes.
 
     Raises:
-      ValueError: if the Axes are not three-dimensional, a trajectory has another shape, a point at 0 or
-        one that is not finite, or `loss` returns another shape, or nothing finite.
+      ValueError: if the Axes are not three-dimensional, `trajectories` is no dict, one of them has
+        another shape, a point at 0 or one that is not finite, or `loss` returns another shape, or
+        nothing finite.
 
     >>> from matplotlib.figure import Figure
     >>> ax = Figure().add_subplot(projection="3d")
@@ -50,6 +51,8 @@ def plot_sphere(
     """
     if getattr(ax, "name", None) != "3d":
         raise ValueError('plot_sphere: the Axes are not 3-D; make them with projection="3d"')
+    if not isinstance(trajectories, Mapping):
+        raise ValueError('plot_sphere: give a dict of trajectories by label, {"SGD": points}')
     directions = {label: _directions(label, points) for label, points in trajectories.items()}
     # Nothing in front hides what is behind: the order of drawing is ours. In parallel projection half
     # of the sphere is near.

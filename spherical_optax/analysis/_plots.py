@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spherical_optax.analysis._summary import in_order
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -23,7 +25,9 @@ History = Sequence[Mapping[str, float]]
 Paths = str | Iterable[str] | None
 
 
-def plot_radii(history: History, ax: "Axes | None" = None, *, paths: Paths = None) -> "Axes":
+def plot_radii(
+    history: History, ax: "Axes | None" = None, *, paths: Paths = None, predicted: Any = None
+) -> "Axes":
     """The radii ||x|| over the steps of a training run, one line per parameter.
 
     Up to seven parameters have a colour each; more are coloured from first to last in the order of the
@@ -35,12 +39,15 @@ def plot_radii(history: History, ax: "Axes | None" = None, *, paths: Paths = Non
         `matplotlib.pyplot.gca()`, whose figure gets this layout if it has none.
       paths: the parameters to draw: a path such as "Conv_0/kernel", a regular expression that is
         searched in the paths, or several of both. None: all.
+      predicted: a radius to compare with, such as `so.analysis.adamw_equilibrium(...).radius`: a number,
+        or one per entry of the history.
 
     Returns:
       The Axes.
 
     Raises:
-      ValueError: if there is nothing to draw, or nothing that `paths` matches.
+      ValueError: if there is nothing to draw, nothing that `paths` matches, or if `predicted` has
+        another length than the history.
 
     >>> from matplotlib.figure import Figure
     >>> state = so.track(optax.sgd(0.5), so.Sphere()).init({"w": jnp.array([[2.0], [0.0]])})
@@ -50,13 +57,14 @@ def plot_radii(history: History, ax: "Axes | None" = None, *, paths: Paths = Non
 
     Source: the quantity is that of `so.track`.
     """
-    return _plot("plot_radii", "radius", history, ax, paths)
+    return _plot("plot_radii", "radius", history, ax, paths, predicted)
 
 
 def plot_effective_lr(history: History, ax: "Axes | None" = None, *, paths: Paths = None) -> "Axes":
     """The effective learning rates eta^e over the steps of a training run, one line per parameter.
 
-    On a logarithmic axis, which leaves out zeros: those before the first step, or where nothing moved.
+    On a logarithmic axis, which leaves out zeros (before the first step, where nothing moved) and the
+    negative rates of steps beyond a right angle.
 
     Args:
       history: a list of `so.analysis.summary(state)`, as for `plot_radii`.
@@ -173,7 +181,8 @@ def _table(
     caller: str, quantity: str, history: History, paths: Paths, predicted: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
     """Steps, values per path and prediction; NaN where there is nothing to draw."""
-    entries = [] if isinstance(history, Mapping) else list(history)
+    listed = isinstance(history, Iterable) and not isinstance(history, Mapping)
+    entries = list(history) if listed else []
     if not entries or not all(isinstance(e, Mapping) and "step" in e for e in entries):
         raise ValueError(f"{caller}: give a list of so.analysis.summary(state), one per step or so")
     found = list(dict.fromkeys(name for entry in entries for name in entry))
@@ -217,15 +226,15 @@ def _table(
 
 
 def _chosen(caller: str, known: list[str], paths: Paths) -> list[str]:
-    parts = [path.split("/") for path in known]
-    if parts == sorted(parts):
-        # JAX sorts the keys of dicts, Conv_10 before Conv_2; other trees have an order of their own.
-        known = sorted(known, key=lambda p: [(s.zfill(9), s) for s in re.split(r"(\d+)", p)])
+    known = in_order(known)
     if paths is None:
         return known
     chosen: set[str] = set()
     for wanted in [paths] if isinstance(paths, str) else paths:
-        hits = {wanted} if wanted in known else {p for p in known if re.search(wanted, p)}
+        try:
+            hits = {wanted} if wanted in known else {p for p in known if re.search(wanted, p)}
+        except re.error as error:
+            raise ValueError(f"{caller}: {wanted!r} is no regular expression: {error}") from None
         if not hits:
             raise ValueError(f"{caller}: {wanted!r} matches none of the paths {', '.join(known)}")
         chosen |= hits

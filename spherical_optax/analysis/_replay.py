@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Literal, jaxprs_in_params
 
-_COSTLY = {"dot_general", "scan", "while", "cond"}  # to run twice; what they make is in memory anyway
+# To run twice; what they make is in memory anyway.
+_COSTLY = {"dot_general", "scan", "while", "cond"}
 
 
 def replay(
-    tx: optax.GradientTransformationExtraArgs, grads: Any, state: Any, params: Any, **extra_args: Any
+    tx: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: Any,
+    params: Any,
+    **extra_args: Any,
 ) -> Callable[[Any], Any] | None:
     """A function from the new state to the updates: of Adam, all that follows its two moments.
 

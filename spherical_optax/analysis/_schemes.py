@@ -67,15 +67,18 @@ def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list
         tiny = _tiny(params, groups)
         return tx.update(tiny, tx.init(tiny), tiny)[1]
 
+    nothing: list[Rule | None] = [None] * len(groups.leaves)
     real = jax.eval_shape(tx.init, params)
     moments = _moments(real)
     try:
-        small = jax.eval_shape(run)
+        program, small = jax.make_jaxpr(run, return_shape=True)()
     except Exception:  # it may need the loss, or arrays of a certain size
-        small = None
+        return nothing
+    if program.effects:  # prints and callbacks are for the real tree
+        return nothing
     # Labels that depend on sizes would treat the tiny tree otherwise.
     if moments is None or jax.tree.structure(real) != jax.tree.structure(small):
-        return [None] * len(groups.leaves)
+        return nothing
     found = [_rule(path, x, moments) for path, x in _leaves(params)]
     for tie in groups.ties:  # a bias may have as many groups as entries; all have one rate, or none
         together = all((rule := found[i]) is None or rule.elementwise for i in tie)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import divide
+from spherical_optax._arithmetic import divide, not_schedule
 from spherical_optax._groups import Groups
 from spherical_optax._spheres import Spheres, match
 
@@ -61,7 +61,7 @@ def image_step(
       are 0 there.
 
     Raises:
-      ValueError: if `spheres` does not fit `params`.
+      ValueError: if `spheres` does not fit `params`, or if the learning rate is a schedule.
 
     >>> x, g = {"w": jnp.array([[2.0], [0.0]])}, {"w": jnp.array([[0.0], [4.0]])}
     >>> step = so.analysis.image_step(x, g, 1.0, 0.5, so.Sphere())
@@ -84,7 +84,7 @@ def image_step(
         geometry.dot(quotient, params, groups),
         radius,
     )
-    eta = jnp.asarray(learning_rate)
+    eta = jnp.asarray(not_schedule("image_step", learning_rate))
 
     def scaled(x: jax.Array) -> jax.Array:
         return eta.astype(x.dtype) * x

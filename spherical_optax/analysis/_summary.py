@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
       A new dict; a list of them, one per step, is what the `plot_` functions draw.
 
     Raises:
-      ValueError: if there is no state of `so.track`, or more than one.
+      ValueError: if there is no state of `so.track`, more than one, or one of several runs.
 
     >>> tx = so.track(optax.sgd(0.5), so.Sphere())
     >>> params = {"w": jnp.array([[2.0], [0.0]])}
@@ -43,7 +44,13 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
     tracked = _tracked(state)
     # One transfer from the device for all of it.
     step, *trees = jax.device_get([tracked.step, *(getattr(tracked, name) for name in QUANTITIES)])
-    found = {"step": float(np.asarray(jax.tree.leaves(step)[0]))}
+    step = np.asarray(jax.tree.leaves(step)[0])
+    if step.ndim:
+        raise ValueError(
+            f"summary: the state is one of {step.shape} runs, of jax.vmap; take one at a time, "
+            "jax.tree.map(lambda x: x[0], state)"
+        )
+    found = {"step": float(step)}
     for name, tree in zip(QUANTITIES, trees, strict=True):
         for path, values in named_leaves(tree, lambda _: False)[0]:
             known = name != "effective_lr" or not np.isnan(values).any()
@@ -127,8 +134,9 @@ def summary_table(state: Any) -> Any:
     made.add_column("parameter", no_wrap=True)
     for name in ("radius", "angle, rad", "smallest", "largest", "effective rate", "radial cosine"):
         made.add_column(name, justify="right")
-    paths = [name.partition("/")[2] for name in values if name.startswith("radius/")]
-    for path in paths:
+    for path in in_order(
+        [name.removeprefix("radius/") for name in values if name.startswith("radius/")]
+    ):
         cells = [
             values[f"radius/{path}"],
             values[f"angle/{path}"],
@@ -139,6 +147,17 @@ def summary_table(state: Any) -> Any:
         ]
         made.add_row(path, *("unknown" if cell is None else f"{cell:.3g}" for cell in cells))
     return made
+
+
+def in_order(paths: list[str]) -> list[str]:
+    """Conv_2 before Conv_10, if they are in the order in which JAX sorts the keys of dicts.
+
+    Other trees have an order of their own.
+    """
+    parts = [path.split("/") for path in paths]
+    if parts != sorted(parts):
+        return paths
+    return sorted(paths, key=lambda path: [(s.zfill(9), s) for s in re.split(r"(\d+)", path)])
 
 
 def _tracked(state: Any) -> TrackState:

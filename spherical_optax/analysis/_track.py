@@ -1,11 +1,13 @@
 """Sees what any optimizer does on the spheres, and changes nothing in it."""
 
 import functools
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -53,15 +55,16 @@ def track(
     or its rate is NaN: with Nesterov's momentum, gradients accumulated for SGD, a clip by value. What
     did not move has 0.
 
-    Read it by name: `optax.tree.get(state, "angle")`, or `so.analysis.summary(state)`. Around
-    `optax.MultiSteps`, the steps between those that move measure an angle of 0; inside it
-    (`optax.MultiSteps(so.track(tx, spheres), 4)`) there are none.
+    Read it by name: `optax.tree.get(state, "angle")`, or `so.analysis.summary(state)`, which also works
+    if a parameter has the name of a field. Wrap all of the optimizer: what a chain does behind `track`
+    is not seen. Around `optax.MultiSteps`, the steps between those that move measure an angle of 0;
+    inside it (`optax.MultiSteps(so.track(tx, spheres), 4)`) there are none.
 
     Args:
       tx: any Optax optimizer.
       spheres: how the leaves split into groups.
-      every: measure the first step and then every so many. The updates then have to be in memory at
-        every step, which costs time where they would not be (see `python -m benchmarks.speed`).
+      every: measure the first step and then every so many. One that is measured takes a few passes over
+        parameters and moments (`python -m benchmarks.speed` measures how long).
       reduce: None keeps one number per group, of keepdims shape; a function such as `jnp.median` keeps
         what it makes of them, one number per leaf.
 
@@ -70,8 +73,9 @@ def track(
       group.
 
     Raises:
-      ValueError: if `every` is not a positive integer; in `init` and `update` if `spheres` does not fit,
-        in `update` if `params` is missing.
+      ValueError: if `tx` is no optimizer, `every` not a positive integer or `reduce` no function; in
+        `init` and `update` if `spheres` does not fit, in `update` if `params` is missing or `state` is
+        not of `track`.
 
     >>> tx = so.track(optax.sgd(0.5), so.Sphere())
     >>> params = {"w": jnp.array([[2.0], [0.0]])}
@@ -81,8 +85,14 @@ def track(
 
     Source: Theorem 2, [11], [12] and [14].
     """
-    if type(every) is not int or every < 1:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(
+            f"track: {reprlib.repr(tx)} is no optimizer; write track(optax.adam(1e-3), spheres)"
+        )
+    if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1:
         raise ValueError(f"track: every is {every!r}, not a positive integer")
+    if reduce is not None and not callable(reduce):
+        raise ValueError(f"track: reduce is {reduce!r}, not a function such as jnp.median")
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     inner = optax.with_extra_args_support(tx)
@@ -113,6 +123,11 @@ def track(
         return TrackState(inner_state, calls, step, due, *kept)
 
     def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, TrackState):
+            raise ValueError(
+                f"track: the state is a {type(state).__name__}, not one of so.track; to go on from it, "
+                "state = tracked.init(params)._replace(inner_state=state)"
+            )
         params = given(params)
         groups = match(spheres, params)
         known = rules(params, groups)
@@ -135,9 +150,7 @@ def track(
         else:
             # Not the updates themselves: at every step they would have to be in memory.
             again = replay(inner, grads, before, params, **extra_args) or (lambda _: updates)
-            seen = jax.lax.cond(
-                calls >= state.due, lambda: look(again(inner_state)), lambda: last
-            )
+            seen = jax.lax.cond(calls >= state.due, lambda: look(again(inner_state)), lambda: last)
             updates = _after(seen[1], updates)
         return updates, TrackState(inner_state, calls, *seen)
 

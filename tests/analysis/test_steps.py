@@ -237,6 +237,19 @@ class TestOrders:
             so.analysis.adamg_star_from_sgd(1.0, 1.5, 1.0)
         with pytest.raises(ValueError, match="positive rate"):
             so.analysis.adamg_star_from_sgd(0.0, 0.1, 1.0)
+        with pytest.raises(ValueError, match="positive rate"):
+            so.analysis.adamg_star_from_sgd(np.float32(-0.1), 0.1, 1.0)
+
+    def test_schedules_have_no_value(self):
+        schedule = optax.linear_schedule(0.1, 0.0, 10)
+        for call in (
+            lambda: so.analysis.adamg_star_from_sgd(schedule, 0.1, 1.0),
+            lambda: so.analysis.image_step(_tree(0), _tree(1), 1.0, schedule, None),
+            lambda: so.analysis.sgd_equilibrium(schedule, 0.1, 1.0),
+            lambda: so.analysis.adamw_equilibrium(schedule, 0.1, 1.0),
+        ):
+            with pytest.raises(ValueError, match=r"is a schedule; .* schedule\(count\)"):
+                call()
 
 
 class TestTable1:
@@ -344,6 +357,8 @@ class TestTable1:
     def test_decomposition_of_nothing(self):
         with pytest.raises(ValueError, match="1 points and 0 gradients"):
             so.analysis.decompose_momentum([_tree(0)], [], 0.9, None)
+        with pytest.raises(ValueError, match="give lists of trees"):
+            so.analysis.decompose_momentum(_tree(0), _tree(1), 0.9, None)
 
 
 class TestEquilibrium:

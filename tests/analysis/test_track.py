@@ -372,12 +372,30 @@ class TestState:
         for every in (0, -1, 2.0, True):
             with pytest.raises(ValueError, match="positive integer"):
                 so.track(so.sgd(0.1), ON, every=every)
+        assert so.track(so.sgd(0.1), ON, every=np.int64(5))
+        for no_optimizer in (ON, optax.adam, None):
+            with pytest.raises(ValueError, match=r"^track: .* is no optimizer; write track\(optax"):
+                so.track(no_optimizer, ON)
+        with pytest.raises(ValueError, match="'median', not a function"):
+            so.track(so.sgd(0.1), ON, reduce="median")
         params = _small(0, jnp.float32)
         tx = so.track(so.sgd(0.1), ON)
         with pytest.raises(ValueError, match="with the parameters"):
             tx.update(params, tx.init(params))
         with pytest.raises(ValueError, match=r"'conv' of shape \(3, 3, 2, 4\)"):
             so.track(so.sgd(0.1), {**ON, "conv": so.Sphere((7,))}).init(params)
+
+    def test_going_on_from_an_untracked_state(self):
+        params = _small(0, jnp.float32)
+        plain = so.sgd(0.1, momentum=0.9)
+        _, state = plain.update(params, plain.init(params), params)
+        tx = so.track(plain, ON)
+        with pytest.raises(
+            ValueError, match=r"a tuple, not one of so.track; .*_replace\(inner_state"
+        ):
+            tx.update(params, state, params)
+        updates, _ = tx.update(params, tx.init(params)._replace(inner_state=state), params)
+        jax.tree.map(np.testing.assert_array_equal, updates, plain.update(params, state, params)[0])
 
 
 def _bare_momentum(decay):
@@ -493,6 +511,14 @@ class TestSummary:
             so.analysis.summary({"a": params})
         with pytest.raises(ValueError, match="2 TrackStates"):
             so.analysis.summary([self._state(), self._state()])
+
+    @pytest.mark.usefixtures("promotion")
+    def test_one_run_of_several(self):
+        seeds = jax.tree.map(lambda *x: jnp.stack(x), self._state(), self._state())
+        with pytest.raises(ValueError, match=r"of \(2,\) runs, of jax.vmap; take one"):
+            so.analysis.summary(seeds)
+        one = jax.tree.map(lambda x: x[0], seeds)
+        assert so.analysis.summary(one) == so.analysis.summary(self._state())
 
     def test_writers(self, tmp_path):
         tensorboard = pytest.importorskip("tensorboardX")
