@@ -4,8 +4,8 @@
                                [--out FILE.json]
 
 Every step is jitted, with donated buffers, and takes its turn of ten steps in every round: the ratios
-mean something on a noisy machine, the milliseconds do not. Without --batch the optimizers run alone; with it as part of
-training steps, forward and backward pass included, on as many random images.
+mean something on a noisy machine, the milliseconds do not. Without --batch the optimizers run alone;
+with it as part of training steps, forward and backward pass included, on as many random images.
 """
 
 import functools

@@ -46,12 +46,13 @@ def adamg_star_from_sgd(
     Source: Theorem 4.
     """
     rate, decay = (not_schedule("adamg_star_from_sgd", x) for x in (learning_rate, weight_decay))
-    known = not isinstance(rate, Tracer) and not isinstance(decay, Tracer)
-    if known and not (np.all(rate > 0) and np.all(rate * decay >= 0) and np.all(rate * decay < 1)):
-        raise ValueError(
-            f"adamg_star_from_sgd: learning rate {learning_rate} and weight decay {weight_decay}; "
-            "needed are a positive rate, and a product of both from 0 to below 1"
-        )
+    if not isinstance(rate, Tracer) and not isinstance(decay, Tracer):
+        eta, product = np.asarray(rate), np.asarray(rate) * np.asarray(decay)
+        if not (np.all(eta > 0) and np.all((product >= 0) & (product < 1))):
+            raise ValueError(
+                f"adamg_star_from_sgd: learning rate {rate} and weight decay {decay}; needed are a "
+                "positive rate, and a product of both from 0 to below 1"
+            )
     eta = jnp.asarray(rate, jnp.result_type(float))
     shrink = 1 - eta * jnp.asarray(decay, eta.dtype)
     root = shrink * shrink  # beta^{1/2}
