@@ -47,8 +47,8 @@ def adamg_star_from_sgd(
     """
     rate, decay = (not_schedule("adamg_star_from_sgd", x) for x in (learning_rate, weight_decay))
     if not isinstance(rate, Tracer) and not isinstance(decay, Tracer):
-        eta, product = np.asarray(rate), np.asarray(rate) * np.asarray(decay)
-        if not (np.all(eta > 0) and np.all((product >= 0) & (product < 1))):
+        product: Any = np.asarray(rate * decay)
+        if not (np.all(np.asarray(rate) > 0) and np.all((product >= 0) & (product < 1))):
             raise ValueError(
                 f"adamg_star_from_sgd: learning rate {rate} and weight decay {decay}; needed are a "
                 "positive rate, and a product of both from 0 to below 1"

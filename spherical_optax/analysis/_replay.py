@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import eval_jaxpr
 from jax.extend.core import Literal, jaxprs_in_params
 
 # To run twice; what they make is in memory anyway.
@@ -54,7 +55,7 @@ def replay(
     def run(new: Any) -> Any:
         kept = zip(stored, jax.tree.leaves(new), strict=True)
         values = at_hand | {var: x for var, x in kept if not isinstance(var, Literal)}
-        found = jax.core.eval_jaxpr(tail, (), *(values[var] for var in cuts))
+        found = eval_jaxpr(tail, (), *(values[var] for var in cuts))
         return jax.tree.unflatten(structure, found)
 
     return run

@@ -132,6 +132,7 @@ def track(
         groups = match(spheres, params)
         known = rules(params, groups)
         calls = optax.safe_increment(state.calls)
+        now: Any = calls >= jnp.asarray(state.due)
         grads, before = updates, state.inner_state
 
         def look(updates):
@@ -146,11 +147,11 @@ def track(
             seen = look(updates)
             updates = _after(_moved(seen[3]), updates)
         elif not isinstance(calls, Tracer):
-            seen = look(updates) if calls >= state.due else last
+            seen = look(updates) if now else last
         else:
             # Not the updates themselves: at every step they would have to be in memory.
             again = replay(inner, grads, before, params, **extra_args) or (lambda _: updates)
-            seen = jax.lax.cond(calls >= state.due, lambda: look(again(inner_state)), lambda: last)
+            seen = jax.lax.cond(now, lambda: look(again(inner_state)), lambda: last)
             updates = _after(seen[1], updates)
         return updates, TrackState(inner_state, calls, *seen)
 
