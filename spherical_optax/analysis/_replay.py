@@ -30,7 +30,10 @@ def replay(
     def update(grads: Any, state: Any, params: Any) -> Any:
         return tx.update(grads, state, params, **extra_args)
 
-    closed, (updates, _) = jax.make_jaxpr(update, return_shape=True)(grads, state, params)
+    try:
+        closed, (updates, _) = jax.make_jaxpr(update, return_shape=True)(grads, state, params)
+    except Exception:  # the state may have numbers of Python, which decide what is traced
+        return None
     program, (leaves, structure) = closed.jaxpr, jax.tree.flatten(updates)
     wanted, stored = program.outvars[: len(leaves)], program.outvars[len(leaves) :]
 

@@ -2,11 +2,10 @@
 
 An Optax optimizer is a pair of closures: nothing tells its b1 or eps. But its state names its moments,
 and what it does with moments that we choose tells the rest: it is run on a tiny tree of the same
-structure, with m = 1, no gradient and x = 0. Whether its real updates are then what a and b say, `track`
-checks on each.
+structure, at x = 0. Whether its real updates have the direction of a / b, `track` checks on each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,22 +16,38 @@ from spherical_optax import _adamg_star, _constraints, _momentum, _quotient
 from spherical_optax._groups import Groups, Leaf, accurate
 from spherical_optax._spheres import Path, named_leaves
 
-_TINY = 1e-16  # a second moment beside which eps shows
-_WIDTH = 3  # coordinates of a small group
+# Moments and gradients of the coordinates of a small group. The first two tell b, for a second moment
+# beside which eps does not show and for one beside which it does; the others test it.
+_FIRST = (1.0, 1.0, -1.0, 2.0, 1.0, 0.0)
+_SECOND = (1.0, 1e-16, 1e-4, 1e-8, 1e-12, 1e-6)
+_GRADS = (0.0, 0.0, 0.0, 0.0, 0.0, 1e-2)
+_WIDTH = len(_FIRST)
 
-# States beside the moments. Others, such as that of `optax.apply_if_finite`, may do anything.
-_NEUTRAL = (
-    optax.EmptyState,
-    optax.MaskedNode,
-    optax.MaskedState,
-    optax.MultiStepsState,
-    optax.transforms.PartitionState,
-    optax.schedules.InjectHyperparamsState,
-    optax.schedules.InjectStatefulHyperparamsState,
-    _adamg_star.MirroredRadiusState,
-    _constraints.RetractState,
-    _quotient.QuotientState,
-)
+# States whose moments are read, by the names of their fields.
+_MOMENTS: dict[type, tuple[str | None, str | None]] = {
+    optax.ScaleByAdamState: ("mu", "nu"),
+    optax.TraceState: ("trace", None),
+    _momentum.EmaState: ("ema", None),
+    _momentum.TraceState: ("trace", None),
+    _quotient.RmsState: (None, "nu"),
+}
+# Other states, with the fields whose arrays do not matter. Any other array may be a momentum too, and
+# other states, such as that of `optax.apply_if_finite`, may do anything.
+_NEUTRAL: dict[type, tuple[str, ...]] = {
+    optax.EmptyState: (),
+    optax.MaskedNode: (),
+    optax.MaskedState: (),
+    optax.MultiStepsState: ("acc_grads",),
+    optax.transforms.PartitionState: (),
+    optax.schedules.InjectHyperparamsState: (),
+    optax.schedules.InjectStatefulHyperparamsState: (),
+    _adamg_star.MirroredRadiusState: ("radius_squared",),
+    _constraints.RetractState: ("kept",),
+    _quotient.QuotientState: (),
+    _quotient.RmsState: ("kept",),
+    _momentum.EmaState: ("kept",),
+    _momentum.TraceState: ("kept",),
+}
 
 
 class Rule(NamedTuple):
@@ -68,14 +83,14 @@ def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list
         return tx.update(tiny, tx.init(tiny), tiny)[1]
 
     nothing: list[Rule | None] = [None] * len(groups.leaves)
-    real = jax.eval_shape(tx.init, params)
-    moments = _moments(real)
     try:
+        real = jax.eval_shape(tx.init, params)
         program, small = jax.make_jaxpr(run, return_shape=True)()
-    except Exception:  # it may need the loss, or arrays of a certain size
+    except Exception:  # it may need the loss, values, or arrays of a certain size
         return nothing
     if program.effects:  # prints and callbacks are for the real tree
         return nothing
+    moments = _moments(real)
     # Labels that depend on sizes would treat the tiny tree otherwise.
     if moments is None or jax.tree.structure(real) != jax.tree.structure(small):
         return nothing
@@ -98,35 +113,43 @@ def respond(
 ) -> list[Response | None]:
     """The `Response` of each leaf at the step and with the hyperparameters of `state`."""
     tiny = _tiny(params, groups)
+    grads, first, second = (_tiny(params, groups, v) for v in (_GRADS, _FIRST, _SECOND))
     # Counts, hyperparameters and whatever else is one number are those of the step in question.
     scalars = jax.tree.map(lambda t, s: s if jnp.ndim(s) == 0 else t, tx.init(tiny), state)
+    updates, after = tx.update(grads, _fill(scalars, first, second), tiny)
+    columns = ([x for _, x in _leaves(updates)], *moments_of(after, tiny))
 
-    def run(v: float) -> list[Any]:
-        def full(value: float) -> Callable[[Any], Any]:
-            return lambda tree: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), tree)
-
-        updates, after = tx.update(tiny, _fill(scalars, full(1.0), full(v)), tiny)
-        columns = ([x for _, x in _leaves(updates)], *moments_of(after, tiny))
-        return [tuple(map(_corner, triple)) for triple in zip(*columns, strict=True)]
-
-    usual, small = run(1.0), run(_TINY)
     # The leaves of one Adam have its b1 and eps in common: the others need not be compiled.
-    first: dict[int, Response] = {}
-    for rule, (q, m, v), (q_small, _, v_small) in zip(found, usual, small, strict=True):
-        if rule is None or rule.node in first or not rule.momentum:
+    answers: dict[int, Response] = {}
+    leaves = zip(found, groups.leaves, _leaves(tiny), *columns, strict=True)
+    for rule, leaf, (_, x), q, m, v in leaves:
+        if rule is None or rule.node in answers or not rule.momentum or not _axis(leaf, x):
             continue
-        gain = 1 - m if rule.averaged else jnp.ones_like(m)
-        eps = jnp.zeros_like(gain)
-        if v is not None and rule.elementwise:
-            # m / q at two v: a line in sqrt(v), of which only offset over slope matters.
-            still = (q == 0) | (q_small == 0)
-            b, b_small = (m / jnp.where(still, 1, y.astype(m.dtype)) for y in (q, q_small))
-            root, root_small = (jnp.sqrt(y.astype(m.dtype)) for y in (v, v_small))
-            slope = (b - b_small) / (root - root_small)
-            eps = b_small / jnp.where(still, 1, slope) - root_small
-            eps = jnp.where(still, 0, jnp.maximum(eps, 0))
-        first[rule.node] = Response(gain, eps)
-    return [first.get(rule.node, Response(1.0, 0.0)) if rule else None for rule in found]
+        axis = _axis(leaf, x)[0]
+        v = _along(axis, v) if rule.elementwise else None
+        answers[rule.node] = _response(_along(axis, q), _along(axis, m), v, rule.averaged)
+    return [answers.get(rule.node, Response(1.0, 0.0)) if rule else None for rule in found]
+
+
+def _response(q: jax.Array, m: jax.Array, v: jax.Array | None, averaged: bool) -> Response:
+    """From the updates of a small group and the moments that they left; NaN if they are not m / b."""
+    tolerance = 0.01 + 4 * max(float(jnp.finfo(y.dtype).eps) for y in (q, m))
+    gain = 1 - m[0] if averaged else jnp.ones_like(m[0])
+    gain, q, m = (accurate(y) for y in (gain, q, m))
+    moved = q != 0
+    b = m / jnp.where(moved, q, 1)
+    if v is None:
+        eps, expected = jnp.zeros_like(gain), b[0]
+    else:
+        # b is a line in sqrt(v), of which only offset over slope matters.
+        root = jnp.sqrt(accurate(v)).astype(m.dtype)
+        slope = (b[0] - b[1]) / (root[0] - root[1])
+        there = slope != 0
+        eps = jnp.maximum(b[1] / jnp.where(there, slope, 1) - root[1], 0)
+        expected = slope * (root + eps)
+    # At a learning rate of 0, nothing tells.
+    fits = jnp.all(jnp.abs(q * expected - m) <= tolerance * jnp.abs(m)) | ~jnp.any(moved)
+    return Response(jnp.where(fits, gain, jnp.nan), eps)
 
 
 def moments_of(state: Any, params: Any) -> tuple[list[Any], list[Any]]:
@@ -156,32 +179,28 @@ def _nodes(state: Any) -> Iterator[Any]:
 def _moments(state: Any) -> Moments | None:
     """None if there is anything in the state that is not understood."""
     moments = Moments({}, {}, set(), {})
-
+    understood = 0
     for number, node in enumerate(_nodes(state)):
-
-        def note(into: dict[Path, Any], tree: Any, number: int = number) -> bool:
-            new = dict(_arrays(tree))
-            twice = not into.keys().isdisjoint(new)
+        names = _MOMENTS.get(type(node), (None, None))
+        neutral = _NEUTRAL.get(type(node), () if node._fields == ("count",) else None)
+        if not any(names) and neutral is None:
+            return None
+        understood += sum(_count(getattr(node, name)) for name in neutral or ())
+        for name, into in zip(names, (moments.first, moments.second), strict=True):
+            new = dict(_arrays(getattr(node, name))) if name else {}
+            if not into.keys().isdisjoint(new):
+                return None
             into.update(new)
+            understood += _count(new)
             moments.node.update(dict.fromkeys(new, number))
-            return twice
+        if isinstance(node, optax.ScaleByAdamState | _momentum.EmaState):
+            moments.averaged.update(path for path, _ in _arrays(getattr(node, names[0] or "")))
+    return moments if understood == _count(state) else None
 
-        twice = False
-        if isinstance(node, optax.ScaleByAdamState):
-            twice = note(moments.first, node.mu) or note(moments.second, node.nu)
-            moments.averaged.update(path for path, _ in _arrays(node.mu))
-        elif isinstance(node, _momentum.EmaState):
-            twice = note(moments.first, node.ema)
-            moments.averaged.update(path for path, _ in _arrays(node.ema))
-        elif isinstance(node, _quotient.RmsState):
-            twice = note(moments.second, node.nu)
-        elif isinstance(node, optax.TraceState | _momentum.TraceState):
-            twice = note(moments.first, node.trace)
-        elif not isinstance(node, _NEUTRAL) and node._fields != ("count",):  # a schedule's
-            return None
-        if twice:
-            return None
-    return moments
+
+def _count(tree: Any) -> int:
+    """How many arrays, numbers aside."""
+    return sum(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
 
 
 def _arrays(tree: Any) -> list[tuple[Path, Any]]:
@@ -197,12 +216,13 @@ def _rule(path: Path, x: Any, moments: Moments) -> Rule | None:
     return Rule(elementwise, path in moments.first, path in moments.averaged, node)
 
 
-def _corner(x: Any) -> Any:
-    return None if x is None else x[(0,) * jnp.ndim(x)]
+def _along(axis: int, x: jax.Array) -> jax.Array:
+    """The first of the small groups."""
+    return x[tuple(slice(None) if k == axis else 0 for k in range(jnp.ndim(x)))]
 
 
-def _tiny(params: Any, groups: Groups) -> Any:
-    """Zeros with the structure of the parameters and one small group for each index of a block."""
+def _tiny(params: Any, groups: Groups, values: tuple[float, ...] = (0.0,) * _WIDTH) -> Any:
+    """The structure of the parameters and, for each index of a block, one small group of the values."""
 
     def shape(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
         sizes = [1] * jnp.ndim(x)
@@ -212,11 +232,18 @@ def _tiny(params: Any, groups: Groups) -> Any:
             sizes[axis] = _WIDTH
         return tuple(sizes)
 
+    def filled(leaf: Leaf | None, x: Any) -> jax.Array:
+        found = jnp.zeros(shape(leaf, x), jnp.result_type(x))
+        for axis in _axis(leaf, x):
+            row = [_WIDTH if k == axis else 1 for k in range(jnp.ndim(x))]
+            found = found + jnp.asarray(values, found.dtype).reshape(row)
+        return accurate(found)
+
     leaves = groups.treedef.flatten_up_to(params)
     return jax.tree.unflatten(
         groups.treedef,
         [
-            None if x is None else accurate(jnp.zeros(shape(leaf, x), jnp.result_type(x)))
+            None if x is None else filled(leaf, x)
             for leaf, x in zip(groups.leaves, leaves, strict=True)
         ],
     )
@@ -229,20 +256,25 @@ def _axis(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
     return leaf.summed[:1] if leaf.size > 1 else ()
 
 
-def _fill(state: Any, first: Callable[[Any], Any], second: Callable[[Any], Any]) -> Any:
-    """The state with other moments."""
+def _fill(state: Any, first: Any, second: Any) -> Any:
+    """The state with other moments: by path, and 1 where there is one for a whole group."""
+
+    def other(tree: Any, values: Any) -> Any:
+        by_path = dict(_arrays(values))
+        leaves, treedef = named_leaves(tree, lambda _: False)
+        found = [
+            x
+            if x is None or path not in by_path
+            else by_path[path].astype(x.dtype)
+            if by_path[path].shape == x.shape
+            else jnp.ones_like(x)
+            for path, x in leaves
+        ]
+        return jax.tree.unflatten(treedef, found)
 
     def fill(node: Any) -> Any:
-        if isinstance(node, optax.ScaleByAdamState):
-            return node._replace(mu=first(node.mu), nu=second(node.nu))
-        if isinstance(node, _momentum.EmaState):
-            return node._replace(ema=first(node.ema))
-        if isinstance(node, _quotient.RmsState):
-            return node._replace(nu=second(node.nu))
-        if isinstance(node, optax.TraceState | _momentum.TraceState):
-            return node._replace(trace=first(node.trace))
+        for name, values in zip(_MOMENTS.get(type(node), ()), (first, second), strict=False):
+            node = node._replace(**{name: other(getattr(node, name), values)}) if name else node
         return node
 
-    kinds = (optax.ScaleByAdamState, optax.TraceState, _momentum.EmaState)
-    kinds = (*kinds, _momentum.TraceState, _quotient.RmsState)
-    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, kinds))
+    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, tuple(_MOMENTS)))

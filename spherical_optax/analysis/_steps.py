@@ -180,14 +180,12 @@ def _per_radius(r: jax.Array, along: jax.Array) -> jax.Array:
 
 def radial_cosine(radial: Any, radius: Any, length: Any, groups: Groups) -> Any:
     """<q, x> / (||q|| ||x||), and 0 where there is no angle."""
-    return groups.scalars(
-        lambda qx, r, q: jnp.clip(
-            geometry.ratio(geometry.ratio(qx, r, otherwise=0.0), q, otherwise=0.0), -1, 1
-        ),
-        radial,
-        radius,
-        length,
-    )
+
+    def cosine(qx: jax.Array, r: jax.Array, q: jax.Array) -> jax.Array:
+        found = geometry.ratio(geometry.ratio(qx, r, otherwise=0.0), q, otherwise=0.0)
+        return jnp.where(jnp.isnan(q), q, jnp.clip(found, -1, 1))
+
+    return groups.scalars(cosine, radial, radius, length)
 
 
 def _next_radius(following: Any, along: Any, across: Any, radius: Any, groups: Groups) -> Any:

@@ -51,9 +51,9 @@ def track(
     and b of x - eta a / b. It is there for `optax.adam`, `optax.adamw`, `optax.sgd` and the optimizers
     of this package, in chains, masks, partitions, with schedules and `optax.inject_hyperparams`, and
     None for what has other states. b1 and eps are read from how the optimizer responds to moments on a
-    tiny tree, eta from the angle; and whenever a step is measured, each update has to lie along a / b,
-    or its rate is NaN: with Nesterov's momentum, gradients accumulated for SGD, a clip by value. What
-    did not move has 0.
+    tiny tree, eta from the angle. Whenever a step is measured, this response has to be m / (sqrt(v) +
+    eps), and each update has to lie along a / b, or its rate is NaN: with Nesterov's momentum, AdaMax,
+    `eps_root`, gradients accumulated for SGD, a clip by value. What did not move has 0.
 
     Read it by name: `optax.tree.get(state, "angle")`, or `so.analysis.summary(state)`, which also works
     if a parameter has the name of a field. Wrap all of the optimizer: what a chain does behind `track`
@@ -105,18 +105,20 @@ def track(
             known[key] = _schemes.rules(inner, params, groups)
         return known[key]
 
+    def radii(params: Any, groups: Groups) -> Any:
+        return _reduced(reduce, geometry.norm(params, groups))
+
     def init(params):
         groups = match(spheres, params)
         inner_state = inner.init(params)
         # Arrays of their own, all of them: one that came twice could not be donated.
-        calls, step, due = (
-            jnp.zeros([], jnp.int32),
-            jnp.zeros([], jnp.int32),
-            jnp.ones([], jnp.int32),
-        )
+        calls, step = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if not groups.leaves:  # a placeholder of `optax.tree.map_params`
+            due = jnp.ones([], jnp.int32)
             return TrackState(inner_state, calls, step, due, *(jnp.zeros([]) for _ in range(4)))
         radius = geometry.norm(params, groups)
+        # From the parameters, as later: in `jax.shard_map` it then varies over the devices as they do.
+        due = 1 + 0 * _moved(radius)
         angle, rate, cosine = (jax.tree.map(jnp.zeros_like, radius) for _ in range(3))
         rate = _only(rate, rules(params, groups), groups)
         kept = [_reduced(reduce, tree) for tree in (radius, angle, rate, cosine)]
@@ -130,6 +132,7 @@ def track(
             )
         params = given(params)
         groups = match(spheres, params)
+        _check_shapes(state.radius, jax.eval_shape(lambda: radii(params, groups)))
         known = rules(params, groups)
         calls = optax.safe_increment(state.calls)
         now: Any = calls >= jnp.asarray(state.due)
@@ -158,6 +161,22 @@ def track(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _check_shapes(found: Any, expected: Any) -> None:
+    """Or a condition would say that its branches differ."""
+    leaves, old = jax.tree.leaves_with_path(expected), jax.tree.leaves(found)
+    if len(leaves) != len(old):
+        raise ValueError(
+            f"track: the state has {len(old)} parameters on spheres, not the {len(leaves)} that "
+            "`spheres` says; make a state with init"
+        )
+    for (path, leaf), x in zip(leaves, old, strict=True):
+        if jnp.shape(x) != leaf.shape:
+            raise ValueError(
+                f"track: {jax.tree_util.keystr(path, simple=True, separator='/')!r} has radii of shape "
+                f"{jnp.shape(x)} in the state, and {leaf.shape} by `spheres`; make a state with init"
+            )
+
+
 def _measure(
     tx: optax.GradientTransformation,
     params: Any,
@@ -169,6 +188,10 @@ def _measure(
     groups: Groups,
 ) -> tuple[Any, Any, Any, Any]:
     """Radius, angle, effective learning rate and radial cosine: group-sized trees."""
+    # Who differentiates through a training step does not mean what is measured of it.
+    params, grads, updates, before, after = (
+        jax.tree.map(_constant, tree) for tree in (params, grads, updates, before, after)
+    )
     xs, gs, qs = (groups.treedef.flatten_up_to(tree) for tree in (params, grads, updates))
     n = len(xs)
     found: list[list[Any]] = [[None] * n for _ in range(4)]
@@ -185,9 +208,10 @@ def _measure(
         rule = rules[where[0]]
         # One array at a time: all of this then needs little more memory than the largest.
         q = _in(turn, _filled(q, x))
-        xx, xq, qq = (part.sum(_product, *pair) for pair in ((x, x), (x, q), (q, q)))
-        radius = part.scalars(geometry.sqrt, xx)
-        angle = part.scalars(_angle, part.scalars(_tangent, qq, xq, xx), xq, xx)
+        xx, xq = (part.sum(_product, *pair) for pair in ((x, x), (x, q)))
+        radius = part.scalars(jnp.sqrt, xx)
+        across, length = _tangent(q, x, xq, xx, part)
+        angle = part.scalars(_angle, length, xq, radius)
         turn = _moved(angle)
         rate: Any = [None] * len(where)
         if rule is not None:
@@ -201,22 +225,37 @@ def _measure(
                 ]
                 a = [divide(y, z.astype(y.dtype)) for y, z in zip(a, roots, strict=True)]
                 b = part.scalars(geometry.sqrt, part.mean(part.sum(jnp.square, roots)))
-            sums = (part.sum(_product, *pair) for pair in ((a, x), (a, a), (a, q)))
+            tangent, size = _tangent(a, x, part.sum(_product, x, a), xx, part)
+            along = part.sum(_product, tangent, across)
             noise = max(
                 float(jnp.finfo(y.dtype).eps) for y in (*q, *(z for z in m if z is not None))
             )
-            rate = part.scalars(functools.partial(_rate, noise), *sums, xx, xq, qq, b, angle)
+            rate = part.scalars(
+                functools.partial(_rate, noise), along, size, length, radius, b, angle
+            )
             turn = _moved(rate)
-        cosine = radial_cosine(xq, radius, part.scalars(geometry.sqrt, qq), part)
+        total = part.scalars(_whole, length, xq, radius)
+        cosine = radial_cosine(xq, radius, total, part)
         for column, values in zip(found, (radius, angle, rate, cosine), strict=True):
             for i, value in zip(where, values, strict=True):
                 column[i] = value
     return tuple(jax.tree.unflatten(groups.treedef, column) for column in found)  # pyright: ignore
 
 
+def _constant(x: Any) -> Any:
+    return jax.lax.stop_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+
+
 def _filled(leaves: list[Any], like: list[Any]) -> list[Any]:
     """Zeros for the updates that Equinox leaves out."""
     return [jnp.zeros_like(y) if x is None else x for x, y in zip(leaves, like, strict=True)]
+
+
+def _tangent(y: list[Any], x: list[Any], xy: Any, xx: Any, part: Groups) -> tuple[list[Any], Any]:
+    """y_perp and its length: not from ||y||^2, of which too little is left if y is nearly radial."""
+    radial = part.scalars(functools.partial(geometry.ratio, otherwise=0.0), xy, xx)
+    tangent = part.map(lambda y, x, c: y - c * x, y, x, radial)
+    return tangent, part.scalars(jnp.sqrt, part.sum(jnp.square, tangent))
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -227,34 +266,30 @@ def _as(value: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(value, like.dtype)
 
 
-def _rate(
-    noise: float, px: Any, pp: Any, pq: Any, xx: Any, xq: Any, qq: Any, b: Any, angle: Any
-) -> Any:
+def _rate(noise: float, along: Any, p: Any, q: Any, radius: Any, b: Any, angle: Any) -> Any:
     """eta^e = tan(angle) / ||c_perp|| with c = r b p [11], where p = a / b and b its root mean square.
 
     Whatever scales the step or the point besides (a schedule, a clip of the norm, a decoupled decay, a
     retraction) is in the angle. What turns it is not: then a and b are not what the state says, and the
-    rate is not known.
+    rate is not known. `p` and `q` are the lengths of the tangential parts, `along` is their product.
     """
-    p, q = _tangent(pp, px, xx), _tangent(qq, xq, xx)
-    across = pq - geometry.ratio(px, xx, otherwise=0.0) * xq  # <p_perp, q_perp>
-    rate = geometry.ratio(jnp.tan(angle), geometry.sqrt(xx) * b * p, otherwise=0.0)
+    rate = geometry.ratio(jnp.tan(angle), radius * b * p, otherwise=0.0)
     # The sine of the angle between them, against the rounding of the update and the momentum.
-    apart = geometry.sqrt(jnp.maximum(1 - jnp.square(geometry.ratio(across, p * q)), 0.0))
-    along = (across <= 0) & (apart < 0.01 + 4 * noise)
-    return jnp.where((p > 0) & (q > 0), jnp.where(along, rate, jnp.nan), 0.0)
+    apart = geometry.sqrt(jnp.maximum(1 - jnp.square(geometry.ratio(along, p * q)), 0.0))
+    parallel = (along <= 0) & (apart < 0.01 + 4 * noise)
+    return jnp.where((p == 0) | (q == 0), 0.0, jnp.where(parallel, rate, jnp.nan))
 
 
-def _angle(tangent: jax.Array, xq: jax.Array, xx: jax.Array) -> jax.Array:
-    across = geometry.ratio(tangent, geometry.sqrt(xx), otherwise=0.0)
-    return jnp.arctan2(across, 1 + geometry.ratio(xq, xx, otherwise=0.0))
+def _angle(across: jax.Array, xq: jax.Array, radius: jax.Array) -> jax.Array:
+    """Of x + q to x, for q of length `across` beside x, and 0 for what is nowhere on the sphere."""
+    there = radius != 0
+    along = 1 + geometry.ratio(geometry.ratio(xq, radius, otherwise=0.0), radius, otherwise=0.0)
+    return jnp.where(there, jnp.arctan2(across, jnp.where(there, radius, 1.0) * along), 0.0)
 
 
-def _tangent(qq: jax.Array, qx: jax.Array, xx: jax.Array) -> jax.Array:
-    """||q_perp||; zero where what is left of ||q|| is rounding."""
-    rest = qq - geometry.ratio(qx, xx, otherwise=0.0) * qx
-    noise = 16 * float(jnp.finfo(qq.dtype).eps) * qq
-    return geometry.sqrt(jnp.where(rest > noise, rest, 0.0))
+def _whole(across: jax.Array, xq: jax.Array, radius: jax.Array) -> jax.Array:
+    """||q|| from its two parts."""
+    return jnp.hypot(across, geometry.ratio(xq, radius, otherwise=0.0))
 
 
 def _only(tree: Any, rules: list[Any], groups: Groups) -> Any:
@@ -271,7 +306,7 @@ def _reduced(reduce: Callable[[jax.Array], jax.Array] | None, tree: Any) -> Any:
 
 def _moved(angles: Any) -> jax.Array:
     """1 if anything on the spheres has moved, else 0."""
-    moved = [jnp.any(angle > 0) for angle in jax.tree.leaves(angles)]
+    moved = [jnp.any(angle != 0) for angle in jax.tree.leaves(angles)]
     return jnp.any(jnp.stack(moved)).astype(jnp.int32) if moved else jnp.ones([], jnp.int32)
 
 

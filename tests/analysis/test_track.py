@@ -452,6 +452,142 @@ def test_never_pretends(tx, every):
     np.testing.assert_allclose(state.angle["conv"], measured.angle["conv"], rtol=1e-3)
 
 
+def _dict_adam(updates, state, params=None):
+    del params
+    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state["m"], updates)
+    v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, state["v"], updates)
+    return jax.tree.map(lambda m, v: -0.1 * m / (jnp.sqrt(v) + 1e-8), m, v), {"m": m, "v": v}
+
+
+def _zeros(names):
+    return lambda params: {name: jax.tree.map(jnp.zeros_like, params) for name in names}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamax(0.1),
+        optax.radam(0.1),
+        optax.adam(0.1, eps_root=1e-4),
+        optax.adam(0.1, eps_root=1e-6),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.nadam(0.1),
+        optax.GradientTransformation(_zeros("mv"), _dict_adam),
+    ],
+)
+def test_not_from_the_direction_alone(tx):
+    """One active coordinate: every update has the direction of the gradient, whatever its length."""
+    tracked = so.track(tx, so.Sphere())
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(16, 1)), jnp.float32)}
+    grads = {"w": jnp.zeros((16, 1)).at[5].set(0.01)}
+    state, update = tracked.init(params), quick_jit(tracked.update)
+    for _ in range(3):
+        _, state = update(grads, state, params)
+        rate = state.effective_lr["w"]
+        assert rate is None or bool(jnp.isnan(rate).all())
+
+
+@pytest.mark.usefixtures("promotion")
+def test_steps_that_are_not_finite():
+    """They have moved, to nowhere: not 0, and the period is kept."""
+    params = _small(0, jnp.float32)
+    tx = so.track(optax.adam(0.1), ON, every=3)
+    state, update = tx.init(params), quick_jit(tx.update)
+    steps = []
+    for _ in range(4):
+        _, state = update(jax.tree.map(lambda x: x * jnp.nan, params), state, params)
+        steps.append(int(state.step))
+        for name in ("angle", "effective_lr", "radial_cosine"):
+            assert np.isnan(getattr(state, name)["conv"]).all()
+    assert steps == [1, 1, 1, 4]
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_nearly_radial_updates(ratio):
+    """Little is tangential, and all of its digits are there."""
+    x, t = np.random.default_rng(0).normal(size=(2, 64, 1))
+    t -= x * (x * t).sum() / (x * x).sum()
+    t *= np.linalg.norm(x) / np.linalg.norm(t)
+    params = {"w": jnp.asarray(x, jnp.float32)}
+    grads = {"w": jnp.asarray(0.5 * x + 0.5 * ratio * t, jnp.float32)}
+    tx = so.track(optax.sgd(1.0), so.Sphere())
+    _, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(state.angle["w"], np.arctan(ratio), 1e-6 / ratio)
+    np.testing.assert_allclose(state.effective_lr["w"], 2 / (x * x).sum(), 1e-6 / ratio)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("every", [1, 3])
+def test_parameters_that_vary_over_devices(every):
+    tx = so.track(optax.sgd(0.1), so.Sphere(), every=every)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def run(x):
+        params = {"w": x}
+        state = tx.init(params)
+
+        def body(carry, _):
+            turned = {"w": carry[0]["w"][::-1] * jnp.array([[1.0], [-1.0]])}
+            updates, state = tx.update(turned, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(body, (params, state), None, length=3)[0][1].radius["w"]
+
+    spec = jax.sharding.PartitionSpec("x")
+    x = jnp.arange(1.0, 17.0).reshape(16, 1)
+    found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+    measured_at = {1: 2, 3: 0}[every]
+    expected = np.linalg.norm(np.arange(1.0, 17.0).reshape(8, 2), axis=1) * 1.01 ** (measured_at / 2)
+    np.testing.assert_allclose(found[:, 0], expected, 1e-5)
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_init_and_update_look_at(every):
+    """Values in `init`, numbers of Python in the state: no rate then, and nothing else changes."""
+    scaled = optax.GradientTransformation(
+        lambda params: {"most": float(jnp.abs(params["conv"]).max())},
+        lambda u, s, p=None: (jax.tree.map(lambda g: -0.1 * g, u), s),
+    )
+    first = optax.GradientTransformation(
+        lambda params: {"first": True},
+        lambda u, s, p=None: (
+            jax.tree.map(lambda g: -0.1 * g if s["first"] else -g, u),
+            {"first": False},
+        ),
+    )
+    params = _small(0, jnp.float32)
+    tx = so.track(scaled, ON, every=every)
+    state = tx.init(params)
+    assert state.effective_lr["conv"] is None
+    assert float(tx.update(params, state, params)[1].angle["conv"].max()) < 1e-3
+
+    def twice(params):
+        tx = so.track(first, ON, every=every)
+        updates, state = tx.update(params, tx.init(params), params)
+        return updates, tx.update(params, state, params)[0]
+
+    for updates, scale in zip(jax.jit(twice)(params), (-0.1, -1.0), strict=True):
+        np.testing.assert_allclose(updates["conv"], scale * params["conv"], 1e-6)
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("every", [1, 3])
+def test_state_of_other_spheres(every):
+    params = _small(0, jnp.float32)
+    state = so.track(optax.sgd(0.1), ON).init(params)
+    tx = so.track(optax.sgd(0.1), {**ON, "conv": so.Sphere(())}, every=every)
+    with pytest.raises(
+        ValueError, match=r"^track: 'conv' has radii of shape \(1, 1, 1, 4\) in the"
+    ):
+        tx.update(params, state, params)
+    tx = so.track(optax.sgd(0.1), {**ON, "conv": None}, every=every)
+    with pytest.raises(ValueError, match="has 2 parameters on spheres, not the 1 that"):
+        tx.update(params, state, params)
+
+
 @pytest.mark.usefixtures("promotion")
 def test_rates_of_each_leaf():
     """What scales the leaves of one Adam differently, by size or mask, is in their rates."""
