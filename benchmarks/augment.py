@@ -5,16 +5,14 @@ import jax.numpy as jnp
 
 from benchmarks.data import Source
 
-PADDING = 4
 
-
-def random_crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
     """Each image, padded with black, cropped back at a random place and mirrored half the time."""
     crop_key, flip_key = jax.random.split(key)
     n, height, width, channels = images.shape
-    pad = (PADDING, PADDING)
+    pad = (padding, padding)
     padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
-    corners = jax.random.randint(crop_key, (n, 2), 0, 2 * PADDING + 1)
+    corners = jax.random.randint(crop_key, (n, 2), 0, 2 * padding + 1)
 
     def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))

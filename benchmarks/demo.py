@@ -19,7 +19,7 @@ import spherical_optax as so
 from benchmarks import demo_grid, figures, report
 from benchmarks.data import load
 from benchmarks.demo_recipe import METHODS, RECIPE, make_model, make_trainer
-from benchmarks.loop import Run, Trainer
+from benchmarks.loop import Run, State, Trainer
 from benchmarks.methods import METHODS as REGISTRY
 from benchmarks.progress import progress
 from benchmarks.significance import verdict
@@ -40,8 +40,8 @@ def train(
     """One run, and the filters' radii at its start and after each epoch."""
     radii = [np.asarray(filter_radii(trainer.init(seed).params))]
 
-    def on_epoch(run: Run, params: Any) -> None:
-        radii.append(np.asarray(filter_radii(params)))
+    def on_epoch(run: Run, state: State) -> None:
+        radii.append(np.asarray(filter_radii(state.params)))
         advance(run)
 
     return trainer.run(seed, RECIPE.epochs, on_epoch), radii

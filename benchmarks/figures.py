@@ -39,6 +39,30 @@ def training_loss(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def training_loss_twice(results: Sequence[Result], title: str, path: Path) -> None:
+    """After the paper's Figure 3: all epochs, and the last fifth; bands of one standard deviation."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    whole, last = figure.subplots(1, 2)
+    for result, (color, dashes) in zip(results, STYLES, strict=False):
+        losses = np.array([run.train_loss for run in result.runs if not run.diverged])
+        if not losses.size:
+            continue
+        mean, std = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else 0 * losses[0]
+        epochs = np.arange(1, len(mean) + 1)
+        late = epochs >= min(0.8 * len(epochs), len(epochs) - 1)
+        for axes, where in ((whole, slice(None)), (last, late)):
+            axes.plot(epochs[where], mean[where], dashes, color=color, label=result.label)
+            band = mean[where] - std[where], mean[where] + std[where]
+            axes.fill_between(epochs[where], *band, color=color, alpha=0.15, lw=0)
+    seeds = max(len(result.runs) for result in results)
+    whole.set(yscale="log", ylabel="training loss", title=f"{title}: mean over {seeds} seeds")
+    last.set(title="the last epochs")
+    _finish(whole)
+    _finish(last)
+    whole.get_legend().remove()
+    figure.savefig(path, dpi=150)
+
+
 def median_radius(radii: Mapping[str, Sequence[float]], path: Path) -> None:
     """The median over all filters and seeds, one line per method."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -55,6 +79,8 @@ def _finish(axes: Axes) -> None:
     start, end = axes.dataLim.intervalx
     for milestone in protocol.MILESTONES:
         axes.axvline(end * milestone / protocol.EPOCHS, color="0.8", lw=0.8, zorder=0)
-    axes.set(xlabel="epoch (grey: learning rate x 0.1)", xlim=(start, end))
+    axes.set(xlabel="epoch (grey: learning rate x 0.1)")
+    if start < end:
+        axes.set_xlim(start, end)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3)

@@ -110,13 +110,16 @@ class Trainer:
         self,
         seed: int,
         epochs: int,
-        on_epoch: Callable[[Run, Any], None] = lambda run, params: None,
+        on_epoch: Callable[[Run, State], None] = lambda run, state: None,
+        resume: tuple[Run, State] | None = None,
     ) -> Run:
-        """Trains `epochs` epochs; `on_epoch` sees the run so far and the current parameters."""
-        state = self.init(seed)
+        """Trains up to `epochs` epochs; `on_epoch` sees the run so far and its state.
+
+        `resume` is what `on_epoch` has seen before: from there, the run goes on as if never interrupted.
+        """
+        run, state = resume or (Run(seed), self.init(seed))
         data_key = jax.random.fold_in(jax.random.key(seed), 1)
-        run = Run(seed)
-        for epoch in range(epochs):
+        for epoch in range(len(run.train_loss), epochs):
             state, losses, step_time = self._train_epoch(state, jax.random.fold_in(data_key, epoch))
             run.train_loss.append(float(losses.mean()))
             run.step_time.append(step_time)
@@ -128,7 +131,7 @@ class Trainer:
                 run.best_epoch = epoch
                 run.test_accuracy = self._accuracy(state, self.test)
             run.validation_accuracy.append(accuracy)
-            on_epoch(run, state.params)
+            on_epoch(run, state)
         return run
 
     def _plan(self, key: jax.Array) -> Plan:
@@ -139,8 +142,8 @@ class Trainer:
     ) -> tuple[State, jax.Array]:
         batch = plan.indices[step]
         x, y = images[batch], labels[batch]
-        if self.source.augment:
-            x = random_crop_and_flip(plan.keys[step], x)
+        if self.source.padding:
+            x = random_crop_and_flip(plan.keys[step], x, self.source.padding)
         x = normalize(x, self.source)
 
         def loss_fn(params):

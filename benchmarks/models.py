@@ -85,5 +85,6 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": partial(ResNet, widths=(16, 32, 64), blocks=3),
     "resnet18": partial(ResNet, widths=(64, 128, 256, 512), blocks=2),
     "vgg16": partial(VGG, stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)),
+    "resnet8": partial(ResNet, widths=(8, 16, 32), blocks=1),
     "digits": partial(ResNet, widths=(16, 32, 64), blocks=1),
 }

@@ -1,4 +1,7 @@
-"""The paper's training protocol: its schedule and the hyper-parameters that its search found."""
+"""The recipes: the paper's schedule, the columns of its Table 2, the hyper-parameters of its search.
+
+The hyper-parameters of Adam w/o (ab) were never released: it starts from those of Adam w/o (abc).
+"""
 
 from typing import NamedTuple
 
@@ -93,6 +96,48 @@ _SEARCHED: dict[tuple[str, str], dict[str, tuple[float | None, float]]] = {
 # The paper publishes no column of its own for these: they start from a relative's.
 _SAME_AS = {"adamst": "adamsrt", "adamg_star": "sgd"}
 _DEFAULT_COLUMN = ("cifar10", "resnet20")
+
+
+class Column(NamedTuple):
+    """What all methods of a column of Table 2 have in common."""
+
+    dataset: str
+    model: str
+    images: int | None = None  # of the training set, after the validation images have left it
+    epochs: int = EPOCHS
+
+
+COLUMNS = {
+    f"{dataset}/{model}": Column(dataset, model)
+    for dataset, models in {
+        "cifar10": ("resnet20", "resnet18", "vgg16"),
+        "cifar100": ("resnet18", "vgg16"),
+        "svhn_cropped": ("resnet18", "vgg16"),
+    }.items()
+    for model in models
+} | {
+    # Our own, for two CPU cores: CIFAR-10 at 16 x 16.
+    "cifar10-16/resnet8": Column("cifar10-16", "resnet8", images=5000, epochs=100),
+}
+# In the order of the paper's table, and SGD-M.
+METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
+
+# For columns without published values: the same multiples of the learning rate for every method, and two
+# L2 coefficients. AdamW's decay is not in the gradient: the paper's default, 1e-2, is 20 times its 5e-4.
+GRID_RATES = (1.0, 3.0, 10.0)
+GRID_DECAYS = (6.25e-5, 5e-4)
+DECOUPLED = 20.0
+
+
+def grid(method: str, b2: float = 0.99) -> list["Hyperparameters"]:
+    scale = DECOUPLED if method == "adamw" else 1.0
+    return [
+        Hyperparameters(
+            rate * LEARNING_RATES[method], None if method == "sgd" else b2, scale * decay
+        )
+        for rate in GRID_RATES
+        for decay in GRID_DECAYS
+    ]
 
 
 class Hyperparameters(NamedTuple):

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import spherical_optax as so
 from benchmarks import data, demo_grid, discovery, models, protocol, report, train
-from benchmarks.augment import PADDING, random_crop_and_flip
+from benchmarks.augment import random_crop_and_flip
 from benchmarks.demo_recipe import METHODS as DEMO_METHODS
 from benchmarks.loop import Run, Trainer
 from benchmarks.methods import METHODS, make_optimizer
@@ -176,14 +176,15 @@ def test_real_cifar10(tmp_path):
 
 def test_augmentation_crops_and_flips():
     images = jax.random.randint(jax.random.key(0), (64, 6, 5, 3), 1, 256).astype(jnp.uint8)
-    found = np.asarray(jax.jit(random_crop_and_flip)(jax.random.key(1), images))
-    padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+    crop = jax.jit(random_crop_and_flip, static_argnums=2)
+    found = np.asarray(crop(jax.random.key(1), images, 4))
+    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     offsets, flips = set(), 0
     for source, image in zip(padded, found, strict=True):
         crops = {
             source[i : i + 6, j : j + 5][:, ::step].tobytes(): (i, j, step)
-            for i in range(2 * PADDING + 1)
-            for j in range(2 * PADDING + 1)
+            for i in range(9)
+            for j in range(9)
             for step in (1, -1)
         }
         i, j, step = crops[image.tobytes()]
@@ -220,7 +221,7 @@ TINY = partial(models.ResNet, widths=(4,), blocks=0)  # compiles fast
 
 def tiny_trainer(optimizer="adamsrt", **options):
     digits = data.load("digits")
-    source = digits.source.__class__(**{**vars(digits.source), "augment": True})
+    source = digits.source.__class__(**{**vars(digits.source), "padding": 4})
     few = digits._replace(source=source, train=data.Split(*(a[:50] for a in digits.train)))
     spheres = filter_spheres(TINY(10), source.shape)
     tx = make_optimizer(optimizer, protocol.step_schedule(1e-2, 12), spheres, 0.99, 1e-3)

@@ -539,7 +539,8 @@ def test_parameters_that_vary_over_devices(every):
     x = jnp.arange(1.0, 17.0).reshape(16, 1)
     found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(x)
     measured_at = {1: 2, 3: 0}[every]
-    expected = np.linalg.norm(np.arange(1.0, 17.0).reshape(8, 2), axis=1) * 1.01 ** (measured_at / 2)
+    start = np.linalg.norm(np.arange(1.0, 17.0).reshape(8, 2), axis=1)
+    expected = start * 1.01 ** (measured_at / 2)
     np.testing.assert_allclose(found[:, 0], expected, 1e-5)
 
 

@@ -1,0 +1,214 @@
+"""Runs that are stored whole or not at all, go on where they were interrupted, and are shared.
+
+Everything is in one folder, which any number of processes, on any number of machines, may work on:
+
+    COLUMN/METHOD_..._seedN.json    a finished run: recipe, environment, every epoch
+    unfinished/                     checkpoints of the others, by Orbax
+    locks/                          who is at what; the operating system releases a lock with its owner
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+import orbax.checkpoint as ocp
+
+from benchmarks import report
+from benchmarks.loop import Run, State, Trainer
+
+KEPT = 2  # the last checkpoint, and one before it
+
+
+class Job(NamedTuple):
+    """Everything that decides what a run gives."""
+
+    column: str  # "cifar10/resnet20"
+    method: str
+    learning_rate: float
+    b2: float | None
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    images: int | None  # of the training set; None: all
+    seed: int
+
+    @property
+    def name(self) -> str:
+        b2 = "" if self.b2 is None else f"_b2-{self.b2:g}"
+        images = "" if self.images is None else f"_{self.images}images"
+        return (
+            f"{self.column.replace('/', '_')}/{self.method}_lr{self.learning_rate:g}{b2}"
+            f"_wd{self.weight_decay:g}_{self.epochs}epochs_batch{self.batch_size}{images}"
+            f"_seed{self.seed}"
+        )
+
+
+class SweepError(Exception):
+    """Something that the run cannot go on with; the message is one line."""
+
+
+class Store:
+    """The folder of a sweep."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self.folder, self.say = folder, say
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """What the job gave, None if it has not finished. What cannot be read is put aside."""
+        path = self.folder / f"{job.name}.json"
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            Run(**found["run"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            aside = path.with_suffix(".corrupt")
+            path.replace(aside)
+            self.say(f"{path}: no result of a run ({_line(error)}); now {aside.name}, runs again")
+            return None
+        return found
+
+    def write(self, job: Job, run: Run, wall_seconds: float) -> None:
+        content = {
+            "recipe": job._asdict(),
+            "run": asdict(run),
+            "wall_seconds": wall_seconds,
+            "commit": _commit(),
+            "environment": report.environment(),
+        }
+        path = self.folder / f"{job.name}.json"
+        with _one_line(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report.write_json(path, content)
+
+    @contextmanager
+    def claimed(self, job: Job) -> Iterator[bool]:
+        """Whether the job is ours to run, for as long as the context lasts."""
+        path = self.folder / "locks" / f"{job.name}.lock"
+        with _one_line(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                yield False
+                return
+        try:
+            yield self.result(job) is None
+        finally:
+            lock.release()
+
+    @contextmanager
+    def checkpoints(self, job: Job) -> Iterator["Checkpoints"]:
+        """Those of a job; gone when the context is left without an exception."""
+        folder = self.folder / "unfinished" / job.name
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        with _one_line(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        with manager:
+            yield Checkpoints(manager, folder, self.say)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Checkpoints:
+    """The last states of one run."""
+
+    def __init__(self, manager: ocp.CheckpointManager, folder: Path, say: Callable[[str], None]):
+        self._manager, self._folder, self._say = manager, folder, say
+
+    def save(self, run: Run, state: State, wall_seconds: float) -> None:
+        about = {"run": asdict(run), "wall_seconds": wall_seconds}
+        with _one_line(self._folder):
+            self._manager.save(
+                len(run.train_loss),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+                ),
+            )
+
+    def restore(self, like: State) -> tuple[Run, State, float] | None:
+        for epoch in sorted(self._manager.all_steps(), reverse=True):
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), about=ocp.args.JsonRestore()
+            )
+            try:
+                found: Any = self._manager.restore(epoch, args=args)
+                run = Run(**found.about["run"])
+            except Exception as error:  # Orbax and its readers share no narrower class
+                self._say(
+                    f"{self._folder}: checkpoint of epoch {epoch} is corrupt ({_line(error)})"
+                )
+                self._manager.delete(epoch)
+                continue
+            return run, State(*found.state), found.about["wall_seconds"]
+        return None
+
+
+def execute(
+    job: Job, trainer: Trainer, store: Store, save_every: float, show: Callable[[Run], None]
+) -> Run:
+    """Runs a job that has been claimed, from its last checkpoint, and stores what it gives."""
+    with store.checkpoints(job) as checkpoints:
+        like = jax.eval_shape(trainer.init, job.seed)
+        restored = checkpoints.restore(like)
+        resume, before = (restored[:2], restored[2]) if restored else (None, 0.0)
+        start = saved = time.perf_counter()
+
+        def on_epoch(run: Run, state: State) -> None:
+            nonlocal saved
+            show(run)
+            now = time.perf_counter()
+            if now - saved >= save_every and len(run.train_loss) < job.epochs:
+                checkpoints.save(run, state, before + now - start)
+                saved = time.perf_counter()
+
+        run = trainer.run(job.seed, job.epochs, on_epoch, resume)
+        store.write(job, run, before + time.perf_counter() - start)
+    return run
+
+
+def work(
+    jobs: Sequence[Job],
+    store: Store,
+    trainer: Callable[[Job], Trainer],
+    save_every: float,
+    show: Callable[[Job, Run], None],
+) -> None:
+    """Does what is neither finished nor claimed by another process."""
+    for job in jobs:
+        if store.result(job) is not None:
+            continue
+        with store.claimed(job) as ours:
+            if ours:
+                execute(job, trainer(job), store, save_every, lambda run, job=job: show(job, run))
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SweepError(f"{path}: {error.strerror or _line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def _commit() -> str | None:
+    """Of the checkout that this is, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

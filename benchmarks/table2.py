@@ -1,0 +1,212 @@
+"""Table 2 and Figure 3 of the paper, by one command that can be interrupted and shared.
+
+    python -m benchmarks.table2 --columns cifar10/resnet20 --seeds 5 --epochs 30 --data-dir DIR --out OUT
+
+Trains what is missing in OUT, skips what is there, goes on from the last checkpoint of what was
+interrupted, and prints the table. Several processes or machines may share OUT.
+"""
+
+import functools
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import figures, protocol, report
+from benchmarks.data import DataError, Dataset, Split, load
+from benchmarks.loop import Run, Trainer, steps_per_epoch
+from benchmarks.methods import METHODS, make_optimizer
+from benchmarks.models import MODELS
+from benchmarks.progress import progress
+from benchmarks.published import TABLE2
+from benchmarks.spheres import filter_spheres
+from benchmarks.sweep import Job, Store, SweepError, work
+from benchmarks.train import Parser, at_least
+
+GRID_SEED = 100  # not one of the table's
+SAVE_EVERY = 60.0  # seconds
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="benchmarks.table2", description=str(__doc__).splitlines()[0])
+    add = parser.add_argument
+    add("--columns", nargs="+", required=True, choices=protocol.COLUMNS, metavar="COLUMN")
+    add(
+        "--methods", nargs="+", default=protocol.METHODS, choices=protocol.METHODS, metavar="METHOD"
+    )
+    add("--seeds", type=at_least(int, 1), default=5, help="how many; they are 0, 1, ...")
+    add("--epochs", type=at_least(int, 1), help="default: the column's; scales the milestones")
+    add("--images", type=at_least(int, 1), help="training images; default: the column's")
+    add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
+    add("--data-dir", type=Path, help="holds NAME.npz or a TFDS folder; default: TFDS downloads")
+    add("--out", type=Path, required=True, help="folder of the results; may be shared")
+    help_text = "first choose learning rate and weight decay on the validation images"
+    add("--grid", action="store_true", help=help_text)
+    help_text = "seconds between checkpoints"
+    add("--save-every", type=at_least(float, 0.0), default=SAVE_EVERY, help=help_text)
+    return parser
+
+
+class Sweep:
+    """The jobs of a command line, and what they have given so far."""
+
+    def __init__(self, args: Any, store: Store):
+        self.args, self.store = args, store
+
+    def jobs(self, column: str) -> list[Job]:
+        chosen = self.chosen(column)
+        return [
+            self._job(column, method, chosen[method], seed)
+            for method in self.args.methods
+            for seed in range(self.args.seeds)
+        ]
+
+    def grid_jobs(self, column: str) -> list[Job]:
+        return [
+            self._job(column, method, values, GRID_SEED)
+            for method in self.args.methods
+            for values in protocol.grid(method)
+        ]
+
+    def chosen(self, column: str) -> dict[str, protocol.Hyperparameters]:
+        """By the grid, if all of it has been run; else those of the paper."""
+        found = {}
+        for method in self.args.methods:
+            cells = [self._job(column, method, v, GRID_SEED) for v in protocol.grid(method)]
+            results = [self.store.result(job) for job in cells]
+            if all(results):
+                best = max(zip(results, cells, strict=True), key=lambda pair: _merit(pair[0]))[1]
+                found[method] = protocol.Hyperparameters(
+                    best.learning_rate, best.b2, best.weight_decay
+                )
+            else:
+                dataset, model, *_ = protocol.COLUMNS[column]
+                found[method] = protocol.hyperparameters(dataset, model, method)
+        return found
+
+    def _job(self, column: str, method: str, values: protocol.Hyperparameters, seed: int) -> Job:
+        args, about = self.args, protocol.COLUMNS[column]
+        epochs, images = args.epochs or about.epochs, args.images or about.images
+        return Job(column, method, *values, epochs, args.batch_size, images, seed)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        missing = [job for job in jobs if self.store.result(job) is None]
+        if not missing:
+            return
+        with progress(sum(job.epochs for job in missing)) as advance:
+
+            def show(job: Job, run: Run) -> None:
+                advance(
+                    f"{job.column}, {METHODS[job.method].label}, seed {job.seed}, epoch "
+                    f"{len(run.train_loss)}/{job.epochs}: loss {run.train_loss[-1]:.4f}"
+                )
+
+            def make(job: Job) -> Trainer:
+                return trainer(job._replace(seed=0), self.args.data_dir)
+
+            work(missing, self.store, make, self.args.save_every, show)
+
+
+@functools.lru_cache(maxsize=1)
+def training_data(dataset: str, data_dir: Path | None, images: int | None) -> Dataset:
+    data = load(dataset, data_dir)
+    return data._replace(train=Split(*(array[:images] for array in data.train)))
+
+
+@functools.lru_cache(maxsize=1)  # the seeds of one method follow each other
+def trainer(job: Job, data_dir: Path | None) -> Trainer:
+    dataset, name, *_ = protocol.COLUMNS[job.column]
+    data = training_data(dataset, data_dir, job.images)
+    steps = job.epochs * steps_per_epoch(data, job.batch_size)
+    schedule = protocol.step_schedule(job.learning_rate, steps)
+    model = MODELS[name](data.source.num_classes)
+    spheres = filter_spheres(model, data.source.shape)
+    tx = make_optimizer(job.method, schedule, spheres, job.b2, job.weight_decay)
+    return Trainer(model, data, tx, job.batch_size)
+
+
+def _merit(result: dict[str, Any] | None) -> tuple[float, float]:
+    assert result is not None
+    run = Run(**result["run"])
+    if run.diverged:
+        return -1.0, 0.0
+    return max(run.validation_accuracy), -run.train_loss[-1]
+
+
+def results(store: Store, jobs: Sequence[Job]) -> list[report.Result]:
+    """One row per method, of the jobs that have finished."""
+    rows: dict[str, list[tuple[Job, Run]]] = {}
+    for job in jobs:
+        found = store.result(job)
+        if found:
+            rows.setdefault(job.method, []).append((job, Run(**found["run"])))
+    return [
+        report.Result(name, METHODS[name].label, row[0][0].learning_rate, 0.0, [r for _, r in row])
+        for name, row in rows.items()
+    ]
+
+
+def table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
+    """Ours beside the paper's: mean and standard deviation of the test accuracy, and how many seeds."""
+    made = Table(title="Test accuracy in per cent, mean ± std (seeds); paper: 5 seeds, 405 epochs")
+    made.title_justify = "left"
+    made.add_column("method", no_wrap=True)
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+        made.add_column("paper", justify="right", no_wrap=True)
+    for method in protocol.METHODS:
+        cells = []
+        for column, rows in columns.items():
+            ours = next((row for row in rows if row.name == method), None)
+            cells += [cell(ours), _published(column, method)]
+        made.add_row(METHODS[method].label, *cells)
+    return made
+
+
+def cell(result: report.Result | None) -> str:
+    if result is None:
+        return "-"
+    found = result.test_accuracies
+    lost = sum(run.diverged for run in result.runs)
+    spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+    text = f"{statistics.fmean(found):.2f}{spread} ({len(found)})" if found else "-"
+    return f"{text}, {lost} diverged" if lost else text
+
+
+def _published(column: str, method: str) -> str:
+    return "{:.2f} ± {:.2f}".format(*found) if (found := TABLE2.get((column, method))) else "-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    parser.require_writable(args.out, args.out)
+    console = Console()
+    store = Store(args.out, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    sweep = Sweep(args, store)
+    try:
+        if args.grid:
+            sweep.run([job for column in args.columns for job in sweep.grid_jobs(column)])
+        jobs = {column: sweep.jobs(column) for column in args.columns}
+        sweep.run([job for column in jobs.values() for job in column])
+    except (DataError, SweepError) as error:
+        parser.error(str(error))
+    found = {column: results(store, of) for column, of in jobs.items()}
+    console.print(table(found))
+    unfinished = sum(store.result(job) is None for of in jobs.values() for job in of)
+    if unfinished:
+        console.print(f"{unfinished} runs are not finished: other processes are at them")
+    for column, rows in found.items():
+        if rows:
+            path = args.out / f"{column.replace('/', '_')}_training_loss.png"
+            figures.training_loss_twice(rows, column, path)
+            console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""`benchmarks.table2`: nothing is lost, nothing is done twice, and an interrupted run gives the same."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import filelock
+import pytest
+
+from benchmarks import models, protocol, report, sweep, table2
+from benchmarks.loop import Trainer
+from benchmarks.published import TABLE2
+
+KILLS = int(os.environ.get("KILLS", "3"))
+TINY = """
+from functools import partial
+from benchmarks import models, protocol, table2
+models.MODELS["tiny"] = partial(models.ResNet, widths=(4,), blocks=0)
+protocol.COLUMNS["digits/tiny"] = protocol.Column("digits", "tiny", images=50, epochs=4)
+"""
+
+
+def add_column(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "tiny", partial(models.ResNet, widths=(4,), blocks=0))
+    column = protocol.Column("digits", "tiny", images=50, epochs=4)
+    monkeypatch.setitem(protocol.COLUMNS, "digits/tiny", column)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    add_column(monkeypatch)
+
+
+def arguments(out, *more, methods=("adamsrt", "sgd"), seeds=2):
+    words = ["--columns", "digits/tiny", "--methods", *methods, "--seeds", seeds, "--out", out]
+    return [str(word) for word in (*words, "--batch-size", 16, "--save-every", 0, *more)]
+
+
+def outcomes(out):
+    """All results by name, but for times, which differ, and what tells where they were made."""
+    found = {}
+    for path in sorted(Path(out).glob("digits_tiny/*.json")):
+        content = json.loads(path.read_text("utf-8"))
+        del content["run"]["step_time"]
+        found[path.name] = content["recipe"], content["run"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What the sweep gives without any interruption."""
+    out = tmp_path_factory.mktemp("expected")
+    with pytest.MonkeyPatch.context() as patch:
+        add_column(patch)
+        assert table2.main(arguments(out)) == 0
+    assert len(outcomes(out)) == 4
+    return outcomes(out)
+
+
+def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch, expected):
+    assert table2.main(arguments(tmp_path)) == 0
+    first = capsys.readouterr().out
+    assert "Adam w/o (abc)" in first
+    assert outcomes(tmp_path) == expected
+    monkeypatch.setattr(Trainer, "run", None)
+    assert table2.main(arguments(tmp_path)) == 0
+    assert capsys.readouterr().out == first
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"digits_tiny", "digits_tiny_training_loss.png", "locks", "unfinished"}
+    assert not list(tmp_path.glob("unfinished/*/*"))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, epoch):
+    """Stops the first run that gets there, after its checkpoint."""
+    save = sweep.Checkpoints.save
+
+    def stop(self, run, state, wall_seconds):
+        save(self, run, state, wall_seconds)
+        if len(run.train_loss) == epoch:
+            raise Interrupted
+
+    monkeypatch.setattr(sweep.Checkpoints, "save", stop)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, expected):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(Interrupted):
+            table2.main(arguments(tmp_path))
+    assert not outcomes(tmp_path)
+    epochs, train = [], Trainer._train_epoch
+    count = lambda self, *rest: epochs.append(1) or train(self, *rest)  # noqa: E731
+    monkeypatch.setattr(Trainer, "_train_epoch", count)
+    assert table2.main(arguments(tmp_path)) == 0
+    assert outcomes(tmp_path) == expected
+    assert len(epochs) == 4 * 4 - 2
+
+
+@pytest.mark.parametrize("left", [1, 0])
+def test_corrupt_checkpoints(tmp_path, capsys, monkeypatch, expected, left):
+    """The last one is passed over for the one before it, or for the start."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(Interrupted):
+            table2.main(arguments(tmp_path))
+    checkpoints = sorted(tmp_path.glob("unfinished/digits_tiny/*/[0-9]*"))
+    assert [path.name for path in checkpoints] == ["2", "3"]
+    for path in checkpoints[left:]:
+        for file in path.rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"no checkpoint")
+    assert table2.main(arguments(tmp_path)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "is corrupt (" in line]
+    assert len(said) == 2 - left
+    assert "checkpoint of epoch 3 is corrupt (" in said[0]
+    assert outcomes(tmp_path) == expected
+
+
+@pytest.mark.parametrize("content", ["", '{"run": {"seed": 0', '{"run": {}}', "[]"])
+def test_a_corrupt_result_is_put_aside(tmp_path, capsys, expected, content):
+    assert table2.main(arguments(tmp_path)) == 0
+    damaged = sorted(tmp_path.glob("digits_tiny/*.json"))[0]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits_tiny/*.json")}
+    damaged.write_text(content, "utf-8")
+    capsys.readouterr()
+    assert table2.main(arguments(tmp_path)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "no result of a run" in line]
+    assert len(said) == 1
+    assert damaged.name in said[0]
+    assert damaged.with_suffix(".corrupt").read_text("utf-8") == content
+    assert outcomes(tmp_path) == expected
+    for path, time_before in before.items():
+        assert path == damaged or path.stat().st_mtime_ns == time_before
+
+
+@pytest.mark.parametrize("what", ["result", "checkpoint"])
+def test_a_full_disk(tmp_path, capsys, monkeypatch, expected, what):
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if what == "result":
+            patch.setattr(report, "write_json", full)
+        else:
+            patch.setattr(sweep.ocp.CheckpointManager, "save", full)
+        with pytest.raises(SystemExit) as stop:
+            table2.main(arguments(tmp_path))
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert error[0].endswith(": No space left on device")
+    assert table2.main(arguments(tmp_path)) == 0
+    assert outcomes(tmp_path) == expected
+
+
+def test_unreadable_data(tmp_path, capsys, monkeypatch):
+    column = protocol.Column("cifar10-16", "tiny", epochs=1)
+    monkeypatch.setitem(protocol.COLUMNS, "digits/tiny", column)
+    (tmp_path / "cifar10.npz").write_bytes(b"PK")
+    with pytest.raises(SystemExit):
+        table2.main(arguments(tmp_path / "out", "--data-dir", tmp_path))
+    assert "cifar10.npz: truncated or not an npz file" in capsys.readouterr().err
+
+
+def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
+    store = sweep.Store(tmp_path, print)
+    args = table2.make_parser().parse_args(arguments(tmp_path))
+    job = table2.Sweep(args, store).jobs("digits/tiny")[0]
+    path = tmp_path / "locks" / f"{job.name}.lock"
+    path.parent.mkdir(parents=True)
+    with filelock.FileLock(path):
+        assert table2.main(arguments(tmp_path)) == 0
+    assert len(outcomes(tmp_path)) == 3
+    assert "1 runs are not finished" in capsys.readouterr().out
+    assert store.result(job) is None
+
+
+def test_diverged_runs_are_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(protocol.LEARNING_RATES, "sgd", 1e30)
+    assert table2.main(arguments(tmp_path)) == 0
+    assert "-, 2 diverged" in capsys.readouterr().out
+    runs = [run for recipe, run in outcomes(tmp_path).values() if recipe["method"] == "sgd"]
+    assert [run["diverged"] for run in runs] == [True, True]
+
+
+def test_the_grid_chooses(tmp_path, capsys):
+    assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
+    found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
+    cells = [pair for pair in found if pair[0]["seed"] == table2.GRID_SEED]
+    (final,) = [recipe for recipe, _ in found if recipe["seed"] == 0]
+    assert len(cells) == len(protocol.grid("sgd")) == 6
+    best = max(
+        cells, key=lambda pair: (max(pair[1]["validation_accuracy"]), -pair[1]["train_loss"][-1])
+    )
+    for name in ("learning_rate", "weight_decay", "b2"):
+        assert final[name] == best[0][name]
+
+
+def test_published_table():
+    assert len(TABLE2) == 7 * 6
+    assert TABLE2["cifar10/resnet20", "adamst"] == (91.92, 0.18)
+    assert TABLE2["svhn_cropped/vgg16", "adamsrt"] == (95.82, 0.05)
+    assert {column for column, _ in TABLE2} < set(protocol.COLUMNS)
+
+
+def test_killed_at_random(tmp_path, expected):
+    """`kill -9` at random moments, then once to the end: as if nothing had happened."""
+    code = f"{TINY}\ntable2.main({arguments(tmp_path)!r})"
+    random_ = random.Random(0)
+    for _ in range(KILLS):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+        time.sleep(random_.uniform(2, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert outcomes(tmp_path) == expected
+    assert not list(tmp_path.glob("**/*.corrupt"))
