@@ -49,13 +49,13 @@ def training_loss_twice(results: Sequence[Result], title: str, path: Path) -> No
             continue
         mean, std = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else 0 * losses[0]
         epochs = np.arange(1, len(mean) + 1)
-        late = epochs >= min(0.8 * len(epochs), len(epochs) - 1)
+        late = epochs >= min(0.8 * len(epochs), len(epochs) - 1)  # two points, if there are
         for axes, where in ((whole, slice(None)), (last, late)):
             axes.plot(epochs[where], mean[where], dashes, color=color, label=result.label)
             band = mean[where] - std[where], mean[where] + std[where]
             axes.fill_between(epochs[where], *band, color=color, alpha=0.15, lw=0)
     seeds = max(len(result.runs) for result in results)
-    whole.set(yscale="log", ylabel="training loss", title=f"{title}: mean over {seeds} seeds")
+    whole.set(yscale="log", ylabel="training loss", title=f"{title}: mean, seeds: {seeds}")
     last.set(title="the last epochs")
     _finish(whole)
     _finish(last)
