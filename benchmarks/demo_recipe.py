@@ -5,12 +5,10 @@ from typing import Any
 
 from flax import linen as nn
 
-from benchmarks import protocol
+from benchmarks import protocol, train
 from benchmarks.data import DIGITS_TRAIN, DIGITS_VALIDATION, Dataset
-from benchmarks.loop import Trainer, steps_per_epoch
-from benchmarks.methods import make_optimizer
+from benchmarks.loop import Trainer
 from benchmarks.models import MODELS
-from benchmarks.spheres import filter_spheres
 
 METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
 
@@ -44,10 +42,6 @@ def make_model(data: Dataset) -> nn.Module:
 
 
 def make_trainer(name: str, learning_rate: float, data: Dataset) -> Trainer:
-    steps = RECIPE.epochs * steps_per_epoch(data, RECIPE.batch_size)
-    schedule = protocol.step_schedule(learning_rate, steps)
     weight_decay = RECIPE.decoupled_decay if name == "adamw" else RECIPE.l2
-    model = make_model(data)
-    spheres = filter_spheres(model, data.source.shape)
-    tx = make_optimizer(name, schedule, spheres, RECIPE.b2, weight_decay)
-    return Trainer(model, data, tx, RECIPE.batch_size)
+    values = protocol.Hyperparameters(learning_rate, RECIPE.b2, weight_decay)
+    return train.make_trainer(data, "digits", name, values, RECIPE.epochs, RECIPE.batch_size)

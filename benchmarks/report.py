@@ -50,7 +50,8 @@ def _statistics(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def _mean_std(values: Sequence[float], digits: int) -> str:
+def mean_std(values: Sequence[float], digits: int) -> str:
+    """The mean, with the standard deviation if there is one; a dash for nothing."""
     found = _statistics(values)
     return " ± ".join(f"{x:.{digits}f}" for x in found.values() if x is not None) or "-"
 
@@ -67,8 +68,8 @@ def table(results: Sequence[Result], title: str) -> Table:
             result.label,
             result.name,
             f"{result.learning_rate:g}",
-            _mean_std(result.test_accuracies, 2),
-            _mean_std(result.train_losses, 4),
+            mean_std(result.test_accuracies, 2),
+            mean_std(result.train_losses, 4),
             f"{1e3 * result.step_time:.2f}",
             f"{result.state_bytes_per_parameter:.2f}",
         )

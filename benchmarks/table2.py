@@ -7,7 +7,6 @@ interrupted, and prints the table. Several processes or machines may share OUT.
 """
 
 import functools
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +17,12 @@ from rich.table import Table
 
 from benchmarks import figures, protocol, report
 from benchmarks.data import DataError, Dataset, Split, load
-from benchmarks.loop import Run, Trainer, steps_per_epoch
-from benchmarks.methods import METHODS, make_optimizer
-from benchmarks.models import MODELS
+from benchmarks.loop import Run, Trainer
+from benchmarks.methods import METHODS
 from benchmarks.progress import progress
 from benchmarks.published import TABLE2
-from benchmarks.spheres import filter_spheres
 from benchmarks.sweep import Job, Store, SweepError, work
-from benchmarks.train import Parser, at_least
+from benchmarks.train import Parser, at_least, make_trainer
 
 GRID_SEED = 100  # not one of the table's
 SAVE_EVERY = 60.0  # seconds
@@ -121,12 +118,8 @@ def training_data(dataset: str, data_dir: Path | None, images: int | None) -> Da
 def trainer(job: Job, data_dir: Path | None) -> Trainer:
     dataset, name, *_ = protocol.COLUMNS[job.column]
     data = training_data(dataset, data_dir, job.images)
-    steps = job.epochs * steps_per_epoch(data, job.batch_size)
-    schedule = protocol.step_schedule(job.learning_rate, steps)
-    model = MODELS[name](data.source.num_classes)
-    spheres = filter_spheres(model, data.source.shape)
-    tx = make_optimizer(job.method, schedule, spheres, job.b2, job.weight_decay)
-    return Trainer(model, data, tx, job.batch_size)
+    values = protocol.Hyperparameters(job.learning_rate, job.b2, job.weight_decay)
+    return make_trainer(data, name, job.method, values, job.epochs, job.batch_size)
 
 
 def _merit(result: dict[str, Any] | None) -> tuple[float, float]:
@@ -172,8 +165,7 @@ def cell(result: report.Result | None) -> str:
         return "-"
     found = result.test_accuracies
     lost = sum(run.diverged for run in result.runs)
-    spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-    text = f"{statistics.fmean(found):.2f}{spread} ({len(found)})" if found else "-"
+    text = report.mean_std(found, 2) + (f" ({len(found)})" if found else "")
     return f"{text}, {lost} diverged" if lost else text
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from benchmarks import protocol, report
-from benchmarks.data import SOURCES, DataError, load
+from benchmarks.data import SOURCES, DataError, Dataset, load
 from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS, ImageSizeError
@@ -71,14 +71,20 @@ def make_parser() -> Parser:
     return parser
 
 
-def make_trainer(args: argparse.Namespace, values: protocol.Hyperparameters) -> Trainer:
-    data = load(args.dataset, args.data_dir, args.limit)
-    steps = args.epochs * steps_per_epoch(data, args.batch_size)
+def make_trainer(
+    data: Dataset,
+    model: str,
+    optimizer: str,
+    values: protocol.Hyperparameters,
+    epochs: int,
+    batch_size: int,
+) -> Trainer:
+    steps = epochs * steps_per_epoch(data, batch_size)
     schedule = protocol.step_schedule(values.learning_rate, steps)
-    model = MODELS[args.model](data.source.num_classes)
-    spheres = filter_spheres(model, data.source.shape)
-    tx = make_optimizer(args.optimizer, schedule, spheres, values.b2, values.weight_decay)
-    return Trainer(model, data, tx, args.batch_size)
+    net = MODELS[model](data.source.num_classes)
+    spheres = filter_spheres(net, data.source.shape)
+    tx = make_optimizer(optimizer, schedule, spheres, values.b2, values.weight_decay)
+    return Trainer(net, data, tx, batch_size)
 
 
 def train_seeds(trainer: Trainer, seeds: int, epochs: int) -> list[Run]:
@@ -113,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = values._replace(**{name: v for name, v in given.items() if v is not None})
     parser.require_writable(args.out, args.out)
     try:
-        trainer = make_trainer(args, values)
+        data = load(args.dataset, args.data_dir, args.limit)
+        trainer = make_trainer(
+            data, args.model, args.optimizer, values, args.epochs, args.batch_size
+        )
     except (DataError, ImageSizeError) as error:
         parser.error(str(error))
 

@@ -206,7 +206,7 @@ def _measure(
     for where, part in groups.parts():
         x, g, q, m, v, response = ([column[i] for i in where] for column in columns)
         rule = rules[where[0]]
-        # One array at a time: all of this then needs little more memory than the largest.
+        # One array at a time: between its sums it would leave the cache otherwise.
         q = _in(turn, _filled(q, x))
         xx, xq = (part.sum(_product, *pair) for pair in ((x, x), (x, q)))
         radius = part.scalars(jnp.sqrt, xx)
