@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +44,21 @@ class Run:
     seed: int
     train_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
+    test_accuracy: list[float | None] = field(default_factory=list)  # None: not looked at
     step_time: list[float] = field(default_factory=list)
-    best_epoch: int | None = None
-    test_accuracy: float | None = None  # at the best validation epoch; None if the run diverged
     diverged: bool = False
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first with the best validation accuracy; None if the run diverged."""
+        if self.diverged or not self.validation_accuracy:
+            return None
+        return self.validation_accuracy.index(max(self.validation_accuracy))
+
+    @property
+    def selected_test_accuracy(self) -> float | None:
+        """That of the best validation epoch."""
+        return None if self.best_epoch is None else self.test_accuracy[self.best_epoch]
 
 
 @partial(jax.jit, static_argnames="model")
@@ -112,9 +123,12 @@ class Trainer:
         epochs: int,
         on_epoch: Callable[[Run, State], None] = lambda run, state: None,
         resume: tuple[Run, State] | None = None,
+        test: Literal["best", "every", "never"] = "best",
     ) -> Run:
         """Trains up to `epochs` epochs; `on_epoch` sees the run so far and its state.
 
+        `test` says when to look at the test images: where validation is at its best so far, after
+        every epoch, or never.
         `resume` is what `on_epoch` has seen before: from there, the run goes on as if never interrupted.
         """
         run, state = resume or (Run(seed), self.init(seed))
@@ -124,13 +138,11 @@ class Trainer:
             run.train_loss.append(float(losses.mean()))
             run.step_time.append(step_time)
             if not math.isfinite(run.train_loss[-1]):
-                run.diverged, run.best_epoch, run.test_accuracy = True, None, None
+                run.diverged = True
                 return run
-            accuracy = self._accuracy(state, self.validation)
-            if accuracy > max(run.validation_accuracy, default=-1.0):
-                run.best_epoch = epoch
-                run.test_accuracy = self._accuracy(state, self.test)
-            run.validation_accuracy.append(accuracy)
+            run.validation_accuracy.append(self._accuracy(state, self.validation))
+            look = test == "every" or (test == "best" and run.best_epoch == epoch)
+            run.test_accuracy.append(self._accuracy(state, self.test) if look else None)
             on_epoch(run, state)
         return run
 

@@ -1,5 +1,7 @@
 """The paper's networks (Flax Linen) by name, for small images in NHWC.
 
+`dtype` is what convolutions compute in; parameters, statistics and logits stay in float32.
+
 They follow the authors' released code: convolutions have no bias and are all followed by BatchNorm,
 a ResNet's shortcut is a 1x1 convolution where the shape changes, and a convolution starts uniform in
 +-1/sqrt(fan_in). That start is part of the recipe: on a sphere the radius sets the effective
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -26,18 +29,20 @@ class BasicBlock(nn.Module):
 
     width: int
     stride: int
+    dtype: jax.typing.DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = partial(Norm, use_running_average=not train)
+        conv = partial(Conv, dtype=self.dtype)
+        norm = partial(Norm, use_running_average=not train, dtype=self.dtype)
         shortcut = x
         # Padding 1 on both sides, as in PyTorch: "SAME" pads only on the right at stride 2.
-        x = Conv(self.width, (3, 3), self.stride, padding=1)(x)
+        x = conv(self.width, (3, 3), self.stride, padding=1)(x)
         x = nn.relu(norm()(x))
-        x = Conv(self.width, (3, 3), padding=1)(x)
+        x = conv(self.width, (3, 3), padding=1)(x)
         x = norm()(x)
         if shortcut.shape != x.shape:
-            shortcut = Conv(self.width, (1, 1), self.stride)(shortcut)
+            shortcut = conv(self.width, (1, 1), self.stride)(shortcut)
             shortcut = norm()(shortcut)
         return nn.relu(x + shortcut)
 
@@ -48,15 +53,18 @@ class ResNet(nn.Module):
     num_classes: int
     widths: Sequence[int]
     blocks: int
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = Conv(self.widths[0], (3, 3), padding=1)(x)
-        x = nn.relu(Norm(use_running_average=not train)(x))
+        x = Conv(self.widths[0], (3, 3), padding=1, dtype=self.dtype)(x)
+        x = nn.relu(Norm(use_running_average=not train, dtype=self.dtype)(x))
         for stage, width in enumerate(self.widths):
             for block in range(self.blocks):
-                x = BasicBlock(width, stride=2 if stage > 0 and block == 0 else 1)(x, train)
-        return nn.Dense(self.num_classes, kernel_init=fan_in_uniform)(x.mean((1, 2)))
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = BasicBlock(width, stride, self.dtype)(x, train)
+        features = x.mean((1, 2), jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=fan_in_uniform)(features)
 
 
 class VGG(nn.Module):
@@ -64,6 +72,7 @@ class VGG(nn.Module):
 
     num_classes: int
     stages: Sequence[Sequence[int]]
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -74,14 +83,14 @@ class VGG(nn.Module):
             )
         for widths in self.stages:
             for width in widths:
-                x = Conv(width, (3, 3), padding=1)(x)
-                x = nn.relu(Norm(use_running_average=not train)(x))
+                x = Conv(width, (3, 3), padding=1, dtype=self.dtype)(x)
+                x = nn.relu(Norm(use_running_average=not train, dtype=self.dtype)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.num_classes, kernel_init=fan_in_uniform)(x)
+        features = x.reshape(x.shape[0], -1).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=fan_in_uniform)(features)
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(ResNet, widths=(16, 32, 64), blocks=3),
     "resnet18": partial(ResNet, widths=(64, 128, 256, 512), blocks=2),
     "vgg16": partial(VGG, stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)),

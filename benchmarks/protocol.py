@@ -116,8 +116,8 @@ COLUMNS = {
     }.items()
     for model in models
 } | {
-    # Our own, for two CPU cores: CIFAR-10 at 16 x 16.
-    "cifar10-16/resnet8": Column("cifar10-16", "resnet8", images=5000, epochs=100),
+    # Our own, for two CPU cores: small enough to be fitted, which is where the paper's methods part.
+    "cifar10-16/resnet8": Column("cifar10-16", "resnet8", images=5000, epochs=75),
 }
 # In the order of the paper's table, and SGD-M.
 METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
@@ -127,6 +127,7 @@ METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
 GRID_RATES = (1.0, 3.0, 10.0)
 GRID_DECAYS = (6.25e-5, 5e-4)
 DECOUPLED = 20.0
+GRID_SEED = 100  # not one of the table's; the grid never looks at the test images
 
 
 def grid(method: str, b2: float = 0.99) -> list["Hyperparameters"]:

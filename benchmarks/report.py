@@ -31,7 +31,7 @@ class Result:
 
     @property
     def test_accuracies(self) -> list[float]:
-        return [run.test_accuracy for run in self.runs if run.test_accuracy is not None]
+        return [x for run in self.runs if (x := run.selected_test_accuracy) is not None]
 
     @property
     def train_losses(self) -> list[float]:
@@ -88,8 +88,12 @@ def as_json(result: Result) -> dict[str, Any]:
         "step_time_seconds_median": result.step_time,
         "test_accuracy_percent": _statistics(result.test_accuracies),
         "final_train_loss": _statistics(result.train_losses),
-        "runs": [asdict(run) for run in result.runs],
+        "runs": [asdict(run) | outcome(run) for run in result.runs],
     }
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    return {"best_epoch": run.best_epoch, "selected_test_accuracy": run.selected_test_accuracy}
 
 
 def environment() -> dict[str, Any]:

@@ -21,9 +21,10 @@ import filelock
 import jax
 import orbax.checkpoint as ocp
 
-from benchmarks import report
+from benchmarks import protocol, report
 from benchmarks.loop import Run, State, Trainer
 
+POLL = 2.0  # seconds
 KEPT = 2  # the last checkpoint, and one before it
 
 
@@ -38,16 +39,18 @@ class Job(NamedTuple):
     epochs: int
     batch_size: int
     images: int | None  # of the training set; None: all
+    dtype: str  # of the convolutions
     seed: int
 
     @property
     def name(self) -> str:
         b2 = "" if self.b2 is None else f"_b2-{self.b2:g}"
         images = "" if self.images is None else f"_{self.images}images"
+        dtype = "" if self.dtype == "float32" else f"_{self.dtype}"
         return (
             f"{self.column.replace('/', '_')}/{self.method}_lr{self.learning_rate:g}{b2}"
             f"_wd{self.weight_decay:g}_{self.epochs}epochs_batch{self.batch_size}{images}"
-            f"_seed{self.seed}"
+            f"{dtype}_seed{self.seed}"
         )
 
 
@@ -80,6 +83,7 @@ class Store:
         content = {
             "recipe": job._asdict(),
             "run": asdict(run),
+            "outcome": report.outcome(run),
             "wall_seconds": wall_seconds,
             "commit": _commit(),
             "environment": report.environment(),
@@ -171,7 +175,8 @@ def execute(
                 checkpoints.save(run, state, before + now - start)
                 saved = time.perf_counter()
 
-        run = trainer.run(job.seed, job.epochs, on_epoch, resume)
+        test = "never" if job.seed == protocol.GRID_SEED else "every"
+        run = trainer.run(job.seed, job.epochs, on_epoch, resume, test)
         store.write(job, run, before + time.perf_counter() - start)
     return run
 
@@ -182,14 +187,25 @@ def work(
     trainer: Callable[[Job], Trainer],
     save_every: float,
     show: Callable[[Job, Run], None],
+    *,
+    wait: bool = False,
 ) -> None:
-    """Does what is neither finished nor claimed by another process."""
-    for job in jobs:
-        if store.result(job) is not None:
-            continue
-        with store.claimed(job) as ours:
-            if ours:
-                execute(job, trainer(job), store, save_every, lambda run, job=job: show(job, run))
+    """Does what is neither finished nor claimed by another process.
+
+    With `wait`, returns when all is finished: what another process leaves unfinished is taken over.
+    """
+    while True:
+        for job in jobs:
+            if store.result(job) is not None:
+                continue
+            with store.claimed(job) as ours:
+                if ours:
+                    execute(
+                        job, trainer(job), store, save_every, lambda run, job=job: show(job, run)
+                    )
+        if not wait or all(store.result(job) is not None for job in jobs):
+            return
+        time.sleep(POLL)
 
 
 @contextmanager

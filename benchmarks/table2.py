@@ -22,9 +22,8 @@ from benchmarks.methods import METHODS
 from benchmarks.progress import progress
 from benchmarks.published import TABLE2
 from benchmarks.sweep import Job, Store, SweepError, work
-from benchmarks.train import Parser, at_least, make_trainer
+from benchmarks.train import Parser, add_dtype, at_least, make_trainer
 
-GRID_SEED = 100  # not one of the table's
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -39,6 +38,7 @@ def make_parser() -> Parser:
     add("--epochs", type=at_least(int, 1), help="default: the column's; scales the milestones")
     add("--images", type=at_least(int, 1), help="training images; default: the column's")
     add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
+    add_dtype(parser)
     add("--data-dir", type=Path, help="holds NAME.npz or a TFDS folder; default: TFDS downloads")
     add("--out", type=Path, required=True, help="folder of the results; may be shared")
     help_text = "first choose learning rate and weight decay on the validation images"
@@ -64,7 +64,7 @@ class Sweep:
 
     def grid_jobs(self, column: str) -> list[Job]:
         return [
-            self._job(column, method, values, GRID_SEED)
+            self._job(column, method, values, protocol.GRID_SEED)
             for method in self.args.methods
             for values in protocol.grid(method)
         ]
@@ -73,7 +73,9 @@ class Sweep:
         """By the grid, if all of it has been run; else those of the paper."""
         found = {}
         for method in self.args.methods:
-            cells = [self._job(column, method, v, GRID_SEED) for v in protocol.grid(method)]
+            cells = [
+                self._job(column, method, v, protocol.GRID_SEED) for v in protocol.grid(method)
+            ]
             results = [self.store.result(job) for job in cells]
             if all(results):
                 best = max(zip(results, cells, strict=True), key=lambda pair: _merit(pair[0]))[1]
@@ -88,9 +90,9 @@ class Sweep:
     def _job(self, column: str, method: str, values: protocol.Hyperparameters, seed: int) -> Job:
         args, about = self.args, protocol.COLUMNS[column]
         epochs, images = args.epochs or about.epochs, args.images or about.images
-        return Job(column, method, *values, epochs, args.batch_size, images, seed)
+        return Job(column, method, *values, epochs, args.batch_size, images, args.dtype, seed)
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[Job], *, wait: bool = False) -> None:
         missing = [job for job in jobs if self.store.result(job) is None]
         if not missing:
             return
@@ -105,7 +107,7 @@ class Sweep:
             def make(job: Job) -> Trainer:
                 return trainer(job._replace(seed=0), self.args.data_dir)
 
-            work(missing, self.store, make, self.args.save_every, show)
+            work(missing, self.store, make, self.args.save_every, show, wait=wait)
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,7 +121,7 @@ def trainer(job: Job, data_dir: Path | None) -> Trainer:
     dataset, name, *_ = protocol.COLUMNS[job.column]
     data = training_data(dataset, data_dir, job.images)
     values = protocol.Hyperparameters(job.learning_rate, job.b2, job.weight_decay)
-    return make_trainer(data, name, job.method, values, job.epochs, job.batch_size)
+    return make_trainer(data, name, job.method, values, job.epochs, job.batch_size, job.dtype)
 
 
 def _merit(result: dict[str, Any] | None) -> tuple[float, float]:
@@ -182,7 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = Sweep(args, store)
     try:
         if args.grid:
-            sweep.run([job for column in args.columns for job in sweep.grid_jobs(column)])
+            # All of it: what the table trains depends on it.
+            grid_jobs = [job for column in args.columns for job in sweep.grid_jobs(column)]
+            sweep.run(grid_jobs, wait=True)
         jobs = {column: sweep.jobs(column) for column in args.columns}
         sweep.run([job for column in jobs.values() for job in column])
     except (DataError, SweepError) as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks import protocol, report
@@ -22,6 +23,8 @@ from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS, ImageSizeError
 from benchmarks.progress import progress
 from benchmarks.spheres import filter_spheres
+
+DTYPES = ("float32", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +57,11 @@ def at_least(
     return parse
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    help_text = "of the convolutions; parameters and optimizer state stay in float32"
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=help_text)
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="benchmarks.train", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
@@ -66,6 +74,7 @@ def make_parser() -> Parser:
     add("--out", type=Path, required=True, help="folder for the JSON file")
     add("--limit", type=at_least(int, 1), help="use only the first training images")
     add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
+    add_dtype(parser)
     for name, below in (("--learning-rate", math.inf), ("--weight-decay", math.inf), ("--b2", 1.0)):
         add(name, type=at_least(float, 0.0, below), help="default: the paper's")
     return parser
@@ -78,11 +87,13 @@ def make_trainer(
     values: protocol.Hyperparameters,
     epochs: int,
     batch_size: int,
+    dtype: str = DTYPES[0],
 ) -> Trainer:
     steps = epochs * steps_per_epoch(data, batch_size)
     schedule = protocol.step_schedule(values.learning_rate, steps)
-    net = MODELS[model](data.source.num_classes)
-    spheres = filter_spheres(net, data.source.shape)
+    # What is invariant is measured in float32.
+    spheres = filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
+    net = MODELS[model](data.source.num_classes, dtype=jnp.dtype(dtype))
     tx = make_optimizer(optimizer, schedule, spheres, values.b2, values.weight_decay)
     return Trainer(net, data, tx, batch_size)
 
@@ -104,7 +115,7 @@ def describe(run: Run) -> str:
         return f"seed {run.seed}: diverged in epoch {len(run.train_loss)} (the loss is not finite)"
     assert run.best_epoch is not None
     return (
-        f"seed {run.seed}: test {run.test_accuracy:.2f} %, "
+        f"seed {run.seed}: test {run.selected_test_accuracy:.2f} %, "
         f"best validation {run.validation_accuracy[run.best_epoch]:.2f} % in epoch "
         f"{run.best_epoch + 1}, train loss {run.train_loss[-1]:.4f}, "
         f"{1e3 * statistics.median(run.step_time):.1f} ms/step"
@@ -121,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         data = load(args.dataset, args.data_dir, args.limit)
         trainer = make_trainer(
-            data, args.model, args.optimizer, values, args.epochs, args.batch_size
+            *(data, args.model, args.optimizer, values),
+            *(args.epochs, args.batch_size, args.dtype),
         )
     except (DataError, ImageSizeError) as error:
         parser.error(str(error))

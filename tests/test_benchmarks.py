@@ -307,7 +307,7 @@ def test_diverged_seeds_are_reported(tmp_path, capsys, monkeypatch):
 
 def result(label, accuracies):
     runs = [
-        Run(seed, [0.1], [90.0], [0.01], 0, accuracy, diverged=accuracy is None)
+        Run(seed, [0.1], [90.0], [accuracy], [0.01], diverged=accuracy is None)
         for seed, accuracy in enumerate(accuracies)
     ]
     return report.Result(label, label, 0.1, 4.0, runs)

@@ -197,7 +197,7 @@ def test_diverged_runs_are_said(tmp_path, capsys, monkeypatch):
 def test_the_grid_chooses(tmp_path, capsys):
     assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
     found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
-    cells = [pair for pair in found if pair[0]["seed"] == table2.GRID_SEED]
+    cells = [pair for pair in found if pair[0]["seed"] == protocol.GRID_SEED]
     (final,) = [recipe for recipe, _ in found if recipe["seed"] == 0]
     assert len(cells) == len(protocol.grid("sgd")) == 6
     best = max(
