@@ -101,12 +101,11 @@ class Recorder(Trainer):
     def record(self, steps: int, advance: Callable[[float], None]) -> Step:
         """Arrays (steps, filters) of the first `steps` steps."""
         state = self.init(SEED)
-        data_key = jax.random.fold_in(jax.random.key(SEED), 1)
         found = []
         for count in range(steps):
             epoch, step = divmod(count, self.steps)
             if step == 0:
-                plan = self._plan(jax.random.fold_in(data_key, epoch))
+                plan = self.plan(SEED, epoch)
             state, loss = self._train(state, *self.train, plan, np.int32(step))
             if not math.isfinite(loss):
                 raise Diverged(f"diverged in step {count + 1} (the loss is not finite)")

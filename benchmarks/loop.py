@@ -3,13 +3,17 @@
 Images stay in device memory; shuffling and augmentation are part of the compiled code. An
 accelerator gets one call per epoch (a scan over the steps); a CPU gets one call per step, because
 XLA's CPU convolutions inside a scan take about twelve times as long. Both compute the same.
+
+Several devices, of one process or of many, share every batch: parameters, statistics and optimizer
+state are on all of them, and BatchNorm's statistics are those of the whole batch, so that a run gives
+the same, but for rounding, on any number of devices.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.augment import normalize, random_crop_and_flip
 from benchmarks.data import DataError, Dataset, Source, Split
@@ -61,17 +66,25 @@ class Run:
         return None if self.best_epoch is None else self.test_accuracy[self.best_epoch]
 
 
-@partial(jax.jit, static_argnames="model")
-def init_variables(model: nn.Module, key: jax.Array, image: jax.Array) -> Any:
-    return model.init(key, image, train=False)
+@partial(jax.jit, static_argnames=("model", "shape", "sharding"))
+def init_variables(
+    model: nn.Module, shape: tuple[int, ...], seed: int, sharding: NamedSharding
+) -> Any:
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    variables = model.init(key, jnp.zeros((1, *shape), jnp.float32), train=False)
+    return jax.lax.with_sharding_constraint(variables, sharding)
 
 
-@partial(jax.jit, static_argnames=("steps", "batch_size", "n"))
-def make_plan(key: jax.Array, steps: int, batch_size: int, n: int) -> Plan:
+@partial(jax.jit, static_argnames=("steps", "batch_size", "n", "sharding"))
+def make_plan(
+    seed: int, epoch: int, steps: int, batch_size: int, n: int, sharding: NamedSharding
+) -> Plan:
     """Every image at most once an epoch; the remainder that fills no batch waits for the next."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
     shuffle_key, step_key = jax.random.split(key)
     order = jax.random.permutation(shuffle_key, n)[: steps * batch_size]
-    return Plan(order.reshape(steps, batch_size), jax.random.split(step_key, steps))
+    plan = Plan(order.reshape(steps, batch_size), jax.random.split(step_key, steps))
+    return jax.lax.with_sharding_constraint(plan, sharding)
 
 
 @partial(jax.jit, static_argnames=("model", "source"))
@@ -83,7 +96,10 @@ def count_correct(
 
 
 class Trainer:
-    """Compiles `tx` on `model` and `data` once; `run` then trains one seed from scratch."""
+    """Compiles `tx` on `model` and `data` once; every `run` trains one seed from scratch.
+
+    `devices` of JAX share each batch; by default, the first one has it all.
+    """
 
     def __init__(
         self,
@@ -93,29 +109,51 @@ class Trainer:
         batch_size: int,
         *,
         scan: bool | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         self.model, self.source, self.tx, self.batch_size = model, data.source, tx, batch_size
         self.scan = jax.default_backend() != "cpu" if scan is None else scan
         self.steps = steps_per_epoch(data, batch_size)
-        self.train = jax.tree.map(jnp.asarray, data.train)
-        self.validation = _batches(data.validation)
-        self.test = _batches(data.test)
-        self.image = jnp.zeros((1, *data.source.shape), jnp.float32)
+        mesh = Mesh(np.array(devices or jax.devices()[:1]), ("data",))
+        if batch_size % mesh.size:
+            raise DataError(
+                f"a batch of {batch_size} images cannot be shared by {mesh.size} devices: "
+                "choose a multiple of their number"
+            )
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.sharded = NamedSharding(mesh, PartitionSpec("data"))
+        self.train = Split(*(_place(array, self.replicated) for array in data.train))
+        self.validation = _batches(data.validation, self.sharded)
+        self.test = _batches(data.test, self.sharded)
+        self._init_tx = jax.jit(tx.init, out_shardings=self.replicated)
+        shapes = self.shapes()
+        self.state_bytes_per_parameter = _num_bytes(shapes.opt_state) / _num_elements(shapes.params)
 
-        # Compiled ahead of time, so that no measured step contains compilation.
-        state = jax.eval_shape(self.init, 0)
-        plan = jax.eval_shape(self._plan, jax.random.key(0))
-        train = jax.jit(self._epoch if self.scan else self._step, donate_argnums=0)
+    @cached_property
+    def _train(self) -> Any:
+        """Compiled ahead of time, so that no measured step contains compilation."""
+        train = jax.jit(
+            self._epoch if self.scan else self.train_step,
+            donate_argnums=0,
+            in_shardings=self.replicated,
+            out_shardings=self.replicated,
+        )
         index = () if self.scan else (np.int32(0),)
-        self._train = train.lower(state, *self.train, plan, *index).compile()
-        self.state_bytes_per_parameter = _num_bytes(state.opt_state) / _num_elements(state.params)
+        plan = jax.eval_shape(partial(self.plan, 0, 0))
+        return train.lower(self.shapes(), *self.train, plan, *index).compile()
 
     def init(self, seed: int) -> State:
         """Where a run starts: the same for every method."""
-        key = jax.random.fold_in(jax.random.key(seed), 0)
-        variables = init_variables(self.model, key, self.image)
+        variables = init_variables(self.model, self.source.shape, seed, self.replicated)
         params = variables["params"]
-        return State(params, variables["batch_stats"], self.tx.init(params))
+        return State(params, variables["batch_stats"], self._init_tx(params))
+
+    def shapes(self) -> State:
+        """What a state looks like, and where it is."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
+            jax.eval_shape(partial(self.init, 0)),
+        )
 
     def run(
         self,
@@ -132,9 +170,8 @@ class Trainer:
         `resume` is what `on_epoch` has seen before: from there, the run goes on as if never interrupted.
         """
         run, state = resume or (Run(seed), self.init(seed))
-        data_key = jax.random.fold_in(jax.random.key(seed), 1)
         for epoch in range(len(run.train_loss), epochs):
-            state, losses, step_time = self._train_epoch(state, jax.random.fold_in(data_key, epoch))
+            state, losses, step_time = self._train_epoch(state, seed, epoch)
             run.train_loss.append(float(losses.mean()))
             run.step_time.append(step_time)
             if not math.isfinite(run.train_loss[-1]):
@@ -146,14 +183,15 @@ class Trainer:
             on_epoch(run, state)
         return run
 
-    def _plan(self, key: jax.Array) -> Plan:
-        return make_plan(key, self.steps, self.batch_size, len(self.train.labels))
+    def plan(self, seed: int, epoch: int) -> Plan:
+        n = len(self.train.labels)
+        return make_plan(seed, epoch, self.steps, self.batch_size, n, self.replicated)
 
-    def _step(
+    def train_step(
         self, state: State, images: jax.Array, labels: jax.Array, plan: Plan, step: jax.Array
     ) -> tuple[State, jax.Array]:
         batch = plan.indices[step]
-        x, y = images[batch], labels[batch]
+        x, y = jax.lax.with_sharding_constraint((images[batch], labels[batch]), self.sharded)
         if self.source.padding:
             x = random_crop_and_flip(plan.keys[step], x, self.source.padding)
         x = normalize(x, self.source)
@@ -173,29 +211,32 @@ class Trainer:
         self, state: State, images: jax.Array, labels: jax.Array, plan: Plan
     ) -> tuple[State, jax.Array]:
         def body(state, step):
-            return self._step(state, images, labels, plan, step)
+            return self.train_step(state, images, labels, plan, step)
 
         return jax.lax.scan(body, state, jnp.arange(self.steps, dtype=jnp.int32))
 
-    def _train_epoch(self, state: State, key: jax.Array) -> tuple[State, np.ndarray, float]:
+    def _train_epoch(self, state: State, seed: int, epoch: int) -> tuple[State, np.ndarray, float]:
         """The new state, the steps' losses and the median time of a step."""
-        plan = jax.block_until_ready(self._plan(key))
+        plan, train = jax.block_until_ready(self.plan(seed, epoch)), self._train
         if self.scan:
             start = time.perf_counter()
-            state, losses = jax.block_until_ready(self._train(state, *self.train, plan))
+            state, losses = jax.block_until_ready(train(state, *self.train, plan))
             return state, np.asarray(losses), (time.perf_counter() - start) / self.steps
         losses, times = [], []
         for step in range(self.steps):
             start = time.perf_counter()
-            state, loss = self._train(state, *self.train, plan, np.int32(step))
-            losses.append(float(loss))  # waits for the step
+            state, loss = train(state, *self.train, plan, np.int32(step))
+            losses.append(np.asarray(loss))  # waits for the step
             times.append(time.perf_counter() - start)
         return state, np.asarray(losses, np.float32), float(np.median(times))
 
-    def _accuracy(self, state: State, batches: list[Split]) -> float:
+    def _accuracy(self, state: State, batches: list[tuple[Split, int]]) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        correct = sum(count_correct(self.model, self.source, variables, *b) for b in batches)
-        return 100 * int(correct) / sum(int((b.labels >= 0).sum()) for b in batches)
+        correct, of = 0, 0
+        for batch, n in batches:
+            correct += count_correct(self.model, self.source, variables, *batch)
+            of += n
+        return 100 * int(correct) / of
 
 
 def steps_per_epoch(data: Dataset, batch_size: int) -> int:
@@ -207,16 +248,25 @@ def steps_per_epoch(data: Dataset, batch_size: int) -> int:
     return n // batch_size
 
 
-def _batches(split: Split) -> list[Split]:
-    """Batches of one size, so that evaluation compiles once; padding has label -1, never right."""
+def _batches(split: Split, sharding: NamedSharding) -> list[tuple[Split, int]]:
+    """Batches of one size, so that evaluation compiles once, and how many images each has.
+
+    What fills up the last one has label -1, which is never right.
+    """
     batches = []
-    for start in range(0, len(split.labels), EVALUATION_BATCH):
-        images, labels = (array[start : start + EVALUATION_BATCH] for array in split)
-        missing = EVALUATION_BATCH - len(labels)
+    size = -(-EVALUATION_BATCH // sharding.mesh.size) * sharding.mesh.size
+    for start in range(0, len(split.labels), size):
+        images, labels = (array[start : start + size] for array in split)
+        missing = size - len(labels)
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        labels = np.pad(labels, (0, missing), constant_values=-1)
-        batches.append(Split(jnp.asarray(images), jnp.asarray(labels)))
+        padded = Split(images, np.pad(labels, (0, missing), constant_values=-1))
+        batches.append((Split(*(_place(array, sharding) for array in padded)), len(labels)))
     return batches
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """On the devices of all processes, each of which has the whole array."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _num_elements(tree: Any) -> int:

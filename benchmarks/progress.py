@@ -1,7 +1,9 @@
-"""A progress bar on a terminal, and ten plain lines where there is none (a pipe, CI)."""
+"""Progress bars on a terminal, and plain lines where there is none (a pipe, CI)."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,3 +31,37 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             console.print(f"{done}/{total}  {text}", highlight=False)
 
     yield advance
+
+
+class Overall:
+    """How far many runs are, together and the present one; bars on a terminal.
+
+    `total` and `done` count epochs, of all runs and of those that were finished before.
+    """
+
+    def __init__(self, console: Console, total: int, done: int):
+        self.total, self.done, self._before = total, done, done
+        self._start = time.monotonic()
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bars = Progress(
+            *columns,
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self.bars.add_task("epochs of all runs", total=total, completed=done)
+        self._run = self.bars.add_task("compiling", total=None)
+
+    def update(self, text: str, epoch: int, epochs: int, done: int) -> None:
+        """`done` epochs, those of finished runs and of the present one."""
+        self.done = done
+        self.bars.update(self._all, completed=done)
+        self.bars.update(self._run, completed=epoch, total=epochs, description=text)
+
+    def left(self) -> str:
+        """How long the rest will take at the speed so far."""
+        here = self.done - self._before
+        if not here:
+            return "unknown time"
+        seconds = (time.monotonic() - self._start) * (self.total - self.done) / here
+        return str(timedelta(seconds=round(seconds)))

@@ -1,6 +1,8 @@
 """Runs that are stored whole or not at all, go on where they were interrupted, and are shared.
 
-Everything is in one folder, which any number of processes, on any number of machines, may work on:
+Everything is in one folder, which any number of processes, on any number of machines, may work on,
+each at runs of its own. The processes of `jax.distributed` work at one run together: process 0
+decides, writes and announces; the others follow.
 
     COLUMN/METHOD_..._seedN.json    a finished run: recipe, environment, every epoch
     unfinished/                     checkpoints of the others, by Orbax
@@ -9,6 +11,7 @@ Everything is in one folder, which any number of processes, on any number of mac
 
 import json
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +22,15 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from benchmarks import protocol, report
 from benchmarks.loop import Run, State, Trainer
 
 POLL = 2.0  # seconds
+ANNOUNCEMENT = 1024  # bytes, enough for any job
 KEPT = 2  # the last checkpoint, and one before it
 
 
@@ -64,6 +70,10 @@ class Store:
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say = folder, say
 
+    def holds(self, job: Job) -> bool:
+        """Whether there is a result, readable or not."""
+        return (self.folder / f"{job.name}.json").exists()
+
     def result(self, job: Job) -> dict[str, Any] | None:
         """What the job gave, None if it has not finished. What cannot be read is put aside."""
         path = self.folder / f"{job.name}.json"
@@ -79,14 +89,17 @@ class Store:
             return None
         return found
 
-    def write(self, job: Job, run: Run, wall_seconds: float) -> None:
+    def write(self, job: Job, run: Run, wall_seconds: float, devices: int) -> None:
+        if jax.process_index():
+            return
         content = {
             "recipe": job._asdict(),
             "run": asdict(run),
             "outcome": report.outcome(run),
             "wall_seconds": wall_seconds,
+            "images_per_second": job.batch_size / statistics.median(run.step_time),
             "commit": _commit(),
-            "environment": report.environment(),
+            "environment": report.environment() | {"devices": devices},
         }
         path = self.folder / f"{job.name}.json"
         with _one_line(path):
@@ -120,7 +133,8 @@ class Store:
             manager = ocp.CheckpointManager(folder.absolute(), options=options)
         with manager:
             yield Checkpoints(manager, folder, self.say)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not jax.process_index():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Checkpoints:
@@ -162,8 +176,7 @@ def execute(
 ) -> Run:
     """Runs a job that has been claimed, from its last checkpoint, and stores what it gives."""
     with store.checkpoints(job) as checkpoints:
-        like = jax.eval_shape(trainer.init, job.seed)
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(trainer.shapes())
         resume, before = (restored[:2], restored[2]) if restored else (None, 0.0)
         start = saved = time.perf_counter()
 
@@ -171,13 +184,14 @@ def execute(
             nonlocal saved
             show(run)
             now = time.perf_counter()
-            if now - saved >= save_every and len(run.train_loss) < job.epochs:
+            if _of_process_0(now - saved >= save_every) and len(run.train_loss) < job.epochs:
                 checkpoints.save(run, state, before + now - start)
                 saved = time.perf_counter()
 
         test = "never" if job.seed == protocol.GRID_SEED else "every"
         run = trainer.run(job.seed, job.epochs, on_epoch, resume, test)
-        store.write(job, run, before + time.perf_counter() - start)
+        seconds = before + time.perf_counter() - start
+        store.write(job, run, seconds, trainer.sharded.mesh.size)
     return run
 
 
@@ -187,6 +201,7 @@ def work(
     trainer: Callable[[Job], Trainer],
     save_every: float,
     show: Callable[[Job, Run], None],
+    finished: Callable[[Job, Run], None],
     *,
     wait: bool = False,
 ) -> None:
@@ -200,12 +215,32 @@ def work(
                 continue
             with store.claimed(job) as ours:
                 if ours:
-                    execute(
+                    announce(job)
+                    run = execute(
                         job, trainer(job), store, save_every, lambda run, job=job: show(job, run)
                     )
+                    finished(job, run)
         if not wait or all(store.result(job) is not None for job in jobs):
             return
         time.sleep(POLL)
+
+
+def follow(store: Store, trainer: Callable[[Job], Trainer], save_every: float) -> None:
+    """What the other processes of `jax.distributed` do while process 0 is at `work`."""
+    while (job := announce(None)) is not None:
+        execute(job, trainer(job), store, save_every, lambda run: None)
+
+
+def announce(job: Job | None) -> Job | None:
+    """The job of process 0, on every process; None: there is no more."""
+    text = np.frombuffer(json.dumps(job).encode(), np.uint8)
+    padded = np.pad(text, (0, ANNOUNCEMENT - len(text)))
+    found = json.loads(bytes(_of_process_0(padded)).rstrip(b"\0"))
+    return Job(*found) if found else None
+
+
+def _of_process_0(value: Any) -> Any:
+    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
 
 
 @contextmanager

@@ -7,11 +7,14 @@ interrupted, and prints the table. Several processes or machines may share OUT.
 """
 
 import functools
+import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -19,9 +22,9 @@ from benchmarks import figures, protocol, report
 from benchmarks.data import DataError, Dataset, Split, load
 from benchmarks.loop import Run, Trainer
 from benchmarks.methods import METHODS
-from benchmarks.progress import progress
+from benchmarks.progress import Overall
 from benchmarks.published import TABLE2
-from benchmarks.sweep import Job, Store, SweepError, work
+from benchmarks.sweep import Job, Store, SweepError, announce, follow, work
 from benchmarks.train import Parser, add_dtype, at_least, make_trainer
 
 SAVE_EVERY = 60.0  # seconds
@@ -43,6 +46,10 @@ def make_parser() -> Parser:
     add("--out", type=Path, required=True, help="folder of the results; may be shared")
     help_text = "first choose learning rate and weight decay on the validation images"
     add("--grid", action="store_true", help=help_text)
+    help_text = "that share every batch; default: all"
+    add("--devices", type=at_least(int, 1), help=help_text)
+    help_text = "work at each run together, by jax.distributed; without values: as the cluster says"
+    add("--distributed", nargs="*", metavar="COORDINATOR:PORT PROCESSES PROCESS", help=help_text)
     help_text = "seconds between checkpoints"
     add("--save-every", type=at_least(float, 0.0), default=SAVE_EVERY, help=help_text)
     return parser
@@ -51,8 +58,11 @@ def make_parser() -> Parser:
 class Sweep:
     """The jobs of a command line, and what they have given so far."""
 
-    def __init__(self, args: Any, store: Store):
-        self.args, self.store = args, store
+    def __init__(self, args: Any, store: Store, console: Console):
+        self.args, self.store, self.console = args, store, console
+
+    def trainer(self, job: Job) -> Trainer:
+        return trainer(job._replace(seed=0), self.args.data_dir, self.args.devices)
 
     def jobs(self, column: str) -> list[Job]:
         chosen = self.chosen(column)
@@ -94,20 +104,35 @@ class Sweep:
 
     def run(self, jobs: Sequence[Job], *, wait: bool = False) -> None:
         missing = [job for job in jobs if self.store.result(job) is None]
-        if not missing:
-            return
-        with progress(sum(job.epochs for job in missing)) as advance:
 
-            def show(job: Job, run: Run) -> None:
-                advance(
-                    f"{job.column}, {METHODS[job.method].label}, seed {job.seed}, epoch "
-                    f"{len(run.train_loss)}/{job.epochs}: loss {run.train_loss[-1]:.4f}"
-                )
+        def done() -> int:  # also by other processes
+            return sum(job.epochs for job in jobs if self.store.holds(job))
 
-            def make(job: Job) -> Trainer:
-                return trainer(job._replace(seed=0), self.args.data_dir)
+        overall = Overall(self.console, sum(job.epochs for job in jobs), done())
 
-            work(missing, self.store, make, self.args.save_every, show, wait=wait)
+        def show(job: Job, run: Run) -> None:
+            epoch = len(run.train_loss)
+            text = f"{_title(job)}: loss {run.train_loss[-1]:.4f}"
+            overall.update(text, epoch, job.epochs, done() + epoch)
+
+        def finished(job: Job, run: Run) -> None:
+            overall.done = done()
+            accuracies = "diverged"
+            if run.best_epoch is not None:
+                accuracies = f"validation {run.validation_accuracy[run.best_epoch]:.2f} %"
+            if run.selected_test_accuracy is not None:
+                accuracies += f", test {run.selected_test_accuracy:.2f} %"
+            self.store.say(
+                f"{_title(job)}: loss {run.train_loss[-1]:.4f}, {accuracies}, "
+                f"{job.batch_size / statistics.median(run.step_time):,.0f} images/s; "
+                f"{overall.left()} left"
+            )
+
+        with overall.bars:
+            work(
+                *(missing, self.store, self.trainer, self.args.save_every, show, finished),
+                wait=wait,
+            )
 
 
 @functools.lru_cache(maxsize=1)
@@ -117,11 +142,19 @@ def training_data(dataset: str, data_dir: Path | None, images: int | None) -> Da
 
 
 @functools.lru_cache(maxsize=1)  # the seeds of one method follow each other
-def trainer(job: Job, data_dir: Path | None) -> Trainer:
+def trainer(job: Job, data_dir: Path | None, devices: int | None) -> Trainer:
+    """Its batches are shared by the first `devices`; by default, by all of all processes."""
     dataset, name, *_ = protocol.COLUMNS[job.column]
     data = training_data(dataset, data_dir, job.images)
     values = protocol.Hyperparameters(job.learning_rate, job.b2, job.weight_decay)
-    return make_trainer(data, name, job.method, values, job.epochs, job.batch_size, job.dtype)
+    return make_trainer(
+        *(data, name, job.method, values, job.epochs, job.batch_size, job.dtype),
+        devices=jax.devices()[:devices],
+    )
+
+
+def _title(job: Job) -> str:
+    return f"{job.column}, {METHODS[job.method].label}, rate {job.learning_rate:g}, seed {job.seed}"
 
 
 def _merit(result: dict[str, Any] | None) -> tuple[float, float]:
@@ -175,21 +208,52 @@ def _published(column: str, method: str) -> str:
     return "{:.2f} ± {:.2f}".format(*found) if (found := TABLE2.get((column, method))) else "-"
 
 
+def join(parser: Parser, words: Sequence[str]) -> None:
+    """Becomes one of the processes of `jax.distributed`."""
+    if len(words) not in (0, 3):
+        parser.error("--distributed: no values, or COORDINATOR:PORT PROCESSES PROCESS")
+    try:
+        if words:
+            jax.distributed.initialize(words[0], int(words[1]), int(words[2]))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"--distributed: {' '.join(str(error).split())}")
+
+
+def check_devices(parser: Parser, args: Any) -> None:
+    found = jax.device_count()
+    if args.devices and jax.process_count() > 1:
+        parser.error("--devices: with --distributed, all devices share the work")
+    if args.devices and args.devices > found:
+        parser.error(f"--devices {args.devices}: there are {found}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     parser.require_writable(args.out, args.out)
-    console = Console()
-    store = Store(args.out, lambda line: console.print(line, highlight=False, soft_wrap=True))
-    sweep = Sweep(args, store)
+    if args.distributed is not None:
+        join(parser, args.distributed)
+    check_devices(parser, args)
+    console, messages = Console(), Console(stderr=True)
+    store = Store(args.out, lambda line: messages.print(line, highlight=False, soft_wrap=True))
+    sweep = Sweep(args, store, messages)
     try:
+        if jax.process_index():
+            follow(store, sweep.trainer, args.save_every)
+            return 0
         if args.grid:
             # All of it: what the table trains depends on it.
             grid_jobs = [job for column in args.columns for job in sweep.grid_jobs(column)]
             sweep.run(grid_jobs, wait=True)
         jobs = {column: sweep.jobs(column) for column in args.columns}
         sweep.run([job for column in jobs.values() for job in column])
+        announce(None)
     except (DataError, SweepError) as error:
+        if jax.process_count() > 1:  # the others may be waiting for this process: end them all
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
         parser.error(str(error))
     found = {column: results(store, of) for column, of in jobs.items()}
     console.print(table(found))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import jax.numpy as jnp
 from rich.console import Console
 
@@ -88,6 +89,7 @@ def make_trainer(
     epochs: int,
     batch_size: int,
     dtype: str = DTYPES[0],
+    devices: Sequence[Any] | None = None,
 ) -> Trainer:
     steps = epochs * steps_per_epoch(data, batch_size)
     schedule = protocol.step_schedule(values.learning_rate, steps)
@@ -95,7 +97,7 @@ def make_trainer(
     spheres = filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
     net = MODELS[model](data.source.num_classes, dtype=jnp.dtype(dtype))
     tx = make_optimizer(optimizer, schedule, spheres, values.b2, values.weight_decay)
-    return Trainer(net, data, tx, batch_size)
+    return Trainer(net, data, tx, batch_size, devices=devices)
 
 
 def train_seeds(trainer: Trainer, seeds: int, epochs: int) -> list[Run]:

@@ -1,0 +1,237 @@
+"""How many images per second training takes, and what part of the device's peak that is.
+
+    python -m benchmarks.throughput [--model resnet20] [--dtypes float32 bfloat16] [--seeds 1 2 4]
+                                    [--processes 1 2] [--images 47500] [--rounds 3] [--out FILE.json]
+
+Every way to train takes its turn of one epoch in every round: in one or in several dtypes, several
+seeds at once by `jax.vmap`, and several processes side by side on the same device (on a CPU each gets
+its share of the cores). The images are random. The peak is that of a large matrix product, measured
+in the same processes; the work of a step is what XLA counts in it.
+"""
+
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import spherical_optax as so
+from benchmarks import protocol, report
+from benchmarks.data import SOURCES, Dataset, Split
+from benchmarks.loop import Trainer
+from benchmarks.methods import METHODS, make_optimizer
+from benchmarks.models import MODELS
+from benchmarks.train import DTYPES, Parser, at_least
+
+CPU_MATRIX, MATRIX = 2048, 8192  # rows, for the peak
+TRIES = 5
+
+
+class Way(NamedTuple):
+    dtype: str
+    seeds: int  # in one program
+    processes: int  # side by side
+
+
+class ManySeeds(Trainer):
+    """Trains `seeds` networks in one program: every array of its state has a leading axis for them."""
+
+    def __init__(self, *args: Any, seeds: int):
+        self.seeds = seeds  # `init` is called at once
+        super().__init__(*args)
+
+    def init(self, seed: int) -> Any:
+        return _stack([super(ManySeeds, self).init(seed + i) for i in range(self.seeds)])
+
+    def plan(self, seed: int, epoch: int) -> Any:
+        return _stack([super(ManySeeds, self).plan(seed + i, epoch) for i in range(self.seeds)])
+
+    def train_step(self, *args: Any) -> Any:
+        return jax.vmap(super().train_step, in_axes=(0, None, None, 0, None))(*args)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+class Worker:
+    """A process that trains in one way, an epoch at a time."""
+
+    def __init__(self, args: Any, way: Way, place: int):
+        if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores
+            cores = sorted(os.sched_getaffinity(0))
+            share = max(1, len(cores) // way.processes)
+            os.sched_setaffinity(0, cores[place * share :][:share] or cores)
+        source = SOURCES[args.dataset]
+        net = MODELS[args.model](source.num_classes, dtype=jnp.dtype(way.dtype))
+        shapes = jax.eval_shape(
+            lambda x: net.init(jax.random.key(0), x, train=False)["params"],
+            jax.ShapeDtypeStruct((1, *source.shape), jnp.float32),
+        )
+        rate, b2, weight_decay = protocol.hyperparameters(source.name, args.model, args.optimizer)
+        tx = make_optimizer(
+            args.optimizer, rate, so.spheres_where(shapes, "Conv"), b2, weight_decay
+        )
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (args.images, *source.shape), np.uint8)
+        labels = rng.integers(0, source.num_classes, args.images).astype(np.int32)
+        few = Split(images[:1], labels[:1])
+        data = Dataset(source, Split(images, labels), few, few)
+        self.trainer = (
+            ManySeeds(net, data, tx, args.batch_size, seeds=way.seeds)
+            if way.seeds > 1
+            else Trainer(net, data, tx, args.batch_size)
+        )
+        self.images = way.seeds * self.trainer.steps * args.batch_size
+        self.state = self.trainer.init(0)
+        self.epoch()  # compiles, and touches memory for the first time
+        self.dtype = way.dtype
+
+    def epoch(self) -> None:
+        self.state, *_ = self.trainer._train_epoch(self.state, 0, 0)
+
+    def operations(self) -> float:
+        """Of an epoch, as XLA counts them."""
+        data = (*self.trainer.train, self.trainer.plan(0, 0), np.int32(0))
+        step = jax.jit(self.trainer.train_step).lower(self.state, *data)
+        cost: Any = step.cost_analysis()
+        return cost["flops"] * self.trainer.steps
+
+    def peak(self) -> float:
+        """Operations per second of a large matrix product."""
+        n = CPU_MATRIX if jax.default_backend() == "cpu" else MATRIX
+        matrix, product = jnp.ones((n, n), self.dtype), jax.jit(jnp.matmul)
+        times = []
+        for _ in range(TRIES + 1):
+            start = time.perf_counter()
+            product(matrix, matrix).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return 2 * n**3 / min(times[1:])
+
+
+_worker: Worker
+
+
+def _start(*args: Any) -> None:
+    global _worker
+    _worker = Worker(*args)
+
+
+def _about() -> tuple[int, float, str]:
+    return _worker.images, _worker.operations(), jax.devices()[0].device_kind
+
+
+def _peak() -> float:
+    return _worker.peak()
+
+
+def _epoch() -> None:
+    _worker.epoch()
+
+
+def measure(args: Any) -> list[dict[str, Any]]:
+    ways = [Way(dtype, seeds, 1) for dtype in args.dtypes for seeds in args.seeds]
+    ways += [Way(dtype, 1, n) for dtype in args.dtypes for n in args.processes if n > 1]
+    spawn = multiprocessing.get_context("spawn")
+    # Processes that share an accelerator must not take all of its memory at their start.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    pools = {
+        way: [
+            ProcessPoolExecutor(1, spawn, _start, (args, way, place))
+            for place in range(way.processes)
+        ]
+        for way in ways
+    }
+    try:
+        started = {way: [p.submit(_about) for p in pool] for way, pool in pools.items()}
+        about = {way: [f.result() for f in found] for way, found in started.items()}
+        peaks = {way: pool[0].submit(_peak).result() for way, pool in pools.items()}
+        seconds: dict[Way, list[float]] = {way: [] for way in ways}
+        for _ in range(args.rounds):
+            for way, pool in pools.items():
+                start = time.perf_counter()
+                for epoch in [process.submit(_epoch) for process in pool]:
+                    epoch.result()
+                seconds[way].append(time.perf_counter() - start)
+    finally:
+        for pool in itertools.chain(*pools.values()):
+            pool.shutdown()
+    rows = []
+    for way in ways:
+        images, operations, device = about[way][0]
+        # A share of the cores has a share of the peak: the whole device's is the largest.
+        peak = max(peaks[other] for other in ways if other.dtype == way.dtype)
+        median = statistics.median(seconds[way])
+        rows.append(
+            way._asdict()
+            | {
+                "device": device,
+                "images_per_second": way.processes * images / median,
+                "operations_per_image": operations / images,
+                "peak_operations_per_second": peak,
+                "fraction_of_peak": way.processes * operations / median / peak,
+                "seconds": seconds[way],
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    found = Table(title=title, title_justify="left")
+    found.add_column("dtype", no_wrap=True)
+    for column in ("seeds, vmap", "processes", "images/s", "ratio", "of the peak"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(
+            row["dtype"],
+            str(row["seeds"]),
+            str(row["processes"]),
+            f"{row['images_per_second']:,.0f}",
+            f"{row['images_per_second'] / rows[0]['images_per_second']:.2f}",
+            f"{100 * row['fraction_of_peak']:.1f} %",
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="benchmarks.throughput", description=str(__doc__).splitlines()[0])
+    add, positive = parser.add_argument, at_least(int, 1)
+    add("--dataset", choices=SOURCES, default="cifar10", help="whose shape the images have")
+    add("--model", choices=MODELS, default="resnet20")
+    add("--optimizer", choices=METHODS, default="adamsrt")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--seeds", nargs="+", type=positive, default=[1, 2, 4], help="at once, by jax.vmap")
+    add("--processes", nargs="+", type=positive, default=[1, 2], help="side by side")
+    add("--images", type=positive, default=47_500, help="in an epoch")
+    add("--batch-size", type=positive, default=protocol.BATCH_SIZE)
+    add("--rounds", type=positive, default=3)
+    add("--out", type=Path, help="also write the numbers here, as JSON")
+    args = parser.parse_args(argv)
+    if args.out:
+        parser.require_writable(args.out, args.out.parent)
+    if args.images < args.batch_size:
+        parser.error(f"--images {args.images}: fewer than one batch of {args.batch_size}")
+    rows = measure(args)
+    title = f"{args.model}, {args.optimizer}, {args.dataset}'s shape, {rows[0]['device']}"
+    Console().print(table(rows, title))
+    if args.out:
+        recipe = {name: value for name, value in vars(args).items() if name != "out"}
+        content = {"recipe": recipe, "environment": report.environment(), "ways": rows}
+        report.write_json(args.out, content)
+        print(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
