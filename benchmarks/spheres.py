@@ -7,6 +7,7 @@ import jax
 from flax import linen as nn
 
 import spherical_optax as so
+from benchmarks.loop import init_variables
 
 BATCH_SIZE = 16
 
@@ -15,8 +16,7 @@ BATCH_SIZE = 16
 def filter_spheres(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
     """Measured on noise, with BatchNorm in training mode."""
     images = jax.random.normal(jax.random.key(0), (BATCH_SIZE, *image_shape))
-    init = jax.jit(functools.partial(model.init, train=False))
-    variables = init(jax.random.key(1), images[:1])
+    variables = init_variables(model, image_shape, seed=1)
     params, batch_stats = variables["params"], variables["batch_stats"]
 
     def logits(params: Any) -> Any:

@@ -88,7 +88,7 @@ class Sweep:
             ]
             results = [self.store.result(job) for job in cells]
             if all(results):
-                best = max(zip(results, cells, strict=True), key=lambda pair: _merit(pair[0]))[1]
+                best = max(zip(results, cells, strict=True), key=lambda pair: merit(pair[0]))[1]
                 found[method] = protocol.Hyperparameters(
                     best.learning_rate, best.b2, best.weight_decay
                 )
@@ -157,7 +157,7 @@ def _title(job: Job) -> str:
     return f"{job.column}, {METHODS[job.method].label}, rate {job.learning_rate:g}, seed {job.seed}"
 
 
-def _merit(result: dict[str, Any] | None) -> tuple[float, float]:
+def merit(result: dict[str, Any] | None) -> tuple[float, float]:
     assert result is not None
     run = Run(**result["run"])
     if run.diverged:

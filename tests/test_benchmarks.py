@@ -12,8 +12,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import spherical_optax as so
-from benchmarks import data, demo_grid, discovery, models, protocol, report, train
-from benchmarks.augment import random_crop_and_flip
+from benchmarks import (
+    data,
+    demo_grid,
+    discovery,
+    models,
+    protocol,
+    report,
+    throughput,
+    train,
+)
+from benchmarks.augment import normalize, random_crop_and_flip
 from benchmarks.demo_recipe import METHODS as DEMO_METHODS
 from benchmarks.loop import Run, Trainer
 from benchmarks.methods import METHODS, make_optimizer
@@ -147,6 +156,29 @@ def test_missing_and_unknown_data(tmp_path):
         data.load("mnist")
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "padding"), [("cifar100", 100, 4), ("svhn_cropped", 10, 0)]
+)
+def test_the_others_by_tfds(name, classes, padding):
+    """What TFDS would download; its mock makes the examples."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=60):
+        found = data.load(name)
+    assert [len(split.labels) for split in found[1:]] == [57, 3, 60]
+    assert all(split.images.shape[1:] == (32, 32, 3) for split in found[1:])
+    assert found.train.labels.max() < found.source.num_classes == classes
+    assert found.source.padding == padding
+    # Train and validation are the training set, each image once: the mock's test set is the same.
+    together = np.concatenate([found.train.images, found.validation.images])
+    as_rows = [images.reshape(60, -1) for images in (together, found.test.images)]
+    np.testing.assert_array_equal(*(np.unique(rows, axis=0) for rows in as_rows))
+    pixels = normalize(jnp.full((1, 1, 1, 3), 255, jnp.uint8), found.source)[0, 0, 0]
+    cifar = [
+        (1 - m) / s for m, s in zip((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), strict=True)
+    ]
+    np.testing.assert_allclose(pixels, cifar if name == "cifar100" else [1, 1, 1], rtol=1e-6)
+
+
 def test_corrupt_tfds_folder(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     (tmp_path / "tfds" / "cifar10" / "3.0.2").mkdir(parents=True)
@@ -219,13 +251,13 @@ def test_every_method_has_published_or_borrowed_values():
 TINY = partial(models.ResNet, widths=(4,), blocks=0)  # compiles fast
 
 
-def tiny_trainer(optimizer="adamsrt", **options):
+def tiny_trainer(optimizer="adamsrt", dtype="float32", kind=Trainer, **options):
     digits = data.load("digits")
     source = digits.source.__class__(**{**vars(digits.source), "padding": 4})
     few = digits._replace(source=source, train=data.Split(*(a[:50] for a in digits.train)))
     spheres = filter_spheres(TINY(10), source.shape)
     tx = make_optimizer(optimizer, protocol.step_schedule(1e-2, 12), spheres, 0.99, 1e-3)
-    return Trainer(TINY(10), few, tx, 16, **options)
+    return kind(TINY(10, dtype=jnp.dtype(dtype)), few, tx, 16, **options)
 
 
 def test_scan_and_single_steps_agree():
@@ -233,6 +265,92 @@ def test_scan_and_single_steps_agree():
     np.testing.assert_allclose(scanned.train_loss, stepped.train_loss, rtol=1e-4)
     np.testing.assert_allclose(scanned.validation_accuracy, stepped.validation_accuracy, atol=0.5)
     assert len(scanned.step_time) == len(stepped.step_time) == 2
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_devices_share_a_batch(scan):
+    """BatchNorm's statistics are the whole batch's: any number of devices gives the same."""
+    one, four = (tiny_trainer(scan=scan, devices=jax.devices()[:n]) for n in (1, 4))
+    expected, found = (trainer.run(7, 3, test="every") for trainer in (one, four))
+    np.testing.assert_allclose(found.train_loss, expected.train_loss, rtol=1e-4)
+    assert found.validation_accuracy == expected.validation_accuracy
+    assert found.test_accuracy == expected.test_accuracy
+    # Each computes on its quarter; what travels is summed, nothing is gathered.
+    program = four._train.as_text()
+    assert "f32[4,8,8,4]" in program
+    assert "f32[16,8,8,4]" not in program
+    assert "all-reduce(" in program
+    assert "all-gather(" not in program
+
+
+def test_batches_that_cannot_be_shared():
+    with pytest.raises(data.DataError, match="16 images cannot be shared by 3 devices"):
+        tiny_trainer(devices=jax.devices()[:3])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_bfloat16_is_for_convolutions_only():
+    trainer, reference = tiny_trainer("adamst", dtype="bfloat16"), tiny_trainer("adamst")
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.shapes())} <= {
+        np.dtype(np.float32),
+        np.dtype(np.int32),
+    }
+    assert trainer.shapes() == reference.shapes()
+    state, plan = trainer.init(0), trainer.plan(0, 0)
+    step = jax.make_jaxpr(trainer.train_step)(state, *trainer.train, plan, np.int32(0))
+    lines = [line for line in str(step).splitlines() if "conv_general_dilated" in line]
+    assert lines
+    assert all(":bf16[" in line for line in lines)
+    assert "bf16" not in str([out.aval for out in step.jaxpr.outvars])
+    few, many = trainer.run(0, 3).train_loss, reference.run(0, 3).train_loss
+    assert few != many
+    np.testing.assert_allclose(few, many, rtol=0.02)
+
+
+def test_test_images_are_looked_at_when_told():
+    trainer = tiny_trainer()
+    every, best, never = (trainer.run(0, 4, test=when) for when in ("every", "best", "never"))
+    assert every.train_loss == best.train_loss == never.train_loss
+    assert None not in every.test_accuracy
+    assert never.test_accuracy == [None] * 4
+    assert every.selected_test_accuracy == best.selected_test_accuracy
+    assert every.selected_test_accuracy == every.test_accuracy[every.best_epoch]
+    highest = np.maximum.accumulate(best.validation_accuracy)
+    new = np.diff(highest, prepend=-1.0) > 0
+    assert [accuracy is not None for accuracy in best.test_accuracy] == new.tolist()
+
+
+def test_several_seeds_in_one_program():
+    many, one = tiny_trainer(kind=throughput.ManySeeds, seeds=2), tiny_trainer()
+    _, losses, _ = many._train_epoch(many.init(3), 3, 0)
+    for i, seed in enumerate((3, 4)):
+        np.testing.assert_allclose(losses[:, i].mean(), one.run(seed, 1).train_loss[0], rtol=1e-5)
+
+
+def test_throughput(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "throughput.json"
+    words = "--dataset digits --model digits --dtypes float32 --seeds 1 --processes 1 --images 40"
+    throughput.main([*words.split(), "--batch-size", "8", "--rounds", "2", "--out", str(path)])
+    assert "images/s" in capsys.readouterr().out
+    (row,) = json.loads(path.read_text("utf-8"))["ways"]
+    seconds = sorted(row["seconds"])
+    np.testing.assert_allclose(row["images_per_second"], 40 / np.mean(seconds), rtol=1e-6)
+    # A multiplication and an addition for every weight of a convolution and every pixel it makes,
+    # forward; twice that backward, but for the pixels. Little else, and less at the borders.
+    work = {
+        (8, 1, 16): 9,
+        (8, 16, 16): 18,
+        (4, 16, 32): 10,
+        (4, 32, 32): 9,
+        (2, 32, 64): 10,
+        (2, 64, 64): 9,
+    }
+    operations = 6 * sum(side**2 * a * b * taps for (side, a, b), taps in work.items())
+    assert 0.6 < row["operations_per_image"] / operations < 1.1
+    assert 0 < row["fraction_of_peak"] < 1
+    with pytest.raises(SystemExit):
+        throughput.main(["--images", "100"])
+    assert "error: --images 100: fewer than one batch of 128" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_per_parameter"), [("adamw", 8), ("adamg_star", 0)])

@@ -6,6 +6,7 @@ import re
 import pytest
 
 import spherical_optax as so
+from benchmarks import readme
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -21,3 +22,8 @@ def test_python_blocks_run():
     one = {"a": so.Sphere(), "b": None, "c": None}
     other = {"a": None, "b": so.Sphere(()), "c": None}
     assert names["union"](one, other) == {"a": so.Sphere(), "b": so.Sphere(()), "c": None}
+
+
+def test_the_benchmarks_page_is_what_the_results_say():
+    text = readme.README.read_text("utf-8")
+    assert readme.render(text) == text, "run: python -m benchmarks.readme"

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import models, protocol, report, sweep, table2
 from benchmarks.loop import Trainer
@@ -20,6 +23,7 @@ from benchmarks.published import TABLE2
 
 KILLS = int(os.environ.get("KILLS", "3"))
 TINY = """
+import sys
 from functools import partial
 from benchmarks import models, protocol, table2
 models.MODELS["tiny"] = partial(models.ResNet, widths=(4,), blocks=0)
@@ -40,7 +44,9 @@ def tiny(monkeypatch):
 
 def arguments(out, *more, methods=("adamsrt", "sgd"), seeds=2):
     words = ["--columns", "digits/tiny", "--methods", *methods, "--seeds", seeds, "--out", out]
-    return [str(word) for word in (*words, "--batch-size", 16, "--save-every", 0, *more)]
+    return [
+        str(word) for word in (*words, "--batch-size", 16, "--devices", 1, "--save-every", 0, *more)
+    ]
 
 
 def outcomes(out):
@@ -121,7 +127,7 @@ def test_corrupt_checkpoints(tmp_path, capsys, monkeypatch, expected, left):
             if file.is_file():
                 file.write_bytes(b"no checkpoint")
     assert table2.main(arguments(tmp_path)) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "is corrupt (" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "is corrupt (" in line]
     assert len(said) == 2 - left
     assert "checkpoint of epoch 3 is corrupt (" in said[0]
     assert outcomes(tmp_path) == expected
@@ -135,7 +141,7 @@ def test_a_corrupt_result_is_put_aside(tmp_path, capsys, expected, content):
     damaged.write_text(content, "utf-8")
     capsys.readouterr()
     assert table2.main(arguments(tmp_path)) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "no result of a run" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no result of a run" in line]
     assert len(said) == 1
     assert damaged.name in said[0]
     assert damaged.with_suffix(".corrupt").read_text("utf-8") == content
@@ -176,7 +182,7 @@ def test_unreadable_data(tmp_path, capsys, monkeypatch):
 def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
     store = sweep.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path))
-    job = table2.Sweep(args, store).jobs("digits/tiny")[0]
+    job = table2.Sweep(args, store, Console()).jobs("digits/tiny")[0]
     path = tmp_path / "locks" / f"{job.name}.lock"
     path.parent.mkdir(parents=True)
     with filelock.FileLock(path):
@@ -184,6 +190,28 @@ def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
     assert len(outcomes(tmp_path)) == 3
     assert "1 runs are not finished" in capsys.readouterr().out
     assert store.result(job) is None
+
+
+def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
+    """What another process gives up is taken over; before that, nothing of the table is trained."""
+    store = sweep.Store(tmp_path, print)
+    args = table2.make_parser().parse_args(arguments(tmp_path, methods=["sgd"], seeds=1))
+    cell = table2.Sweep(args, store, Console()).grid_jobs("digits/tiny")[2]
+    path = tmp_path / "locks" / f"{cell.name}.lock"
+    path.parent.mkdir(parents=True)
+    lock = filelock.FileLock(path)
+    lock.acquire()
+    waited = []
+
+    def give_up(seconds):
+        waited.append({recipe["seed"] for recipe, _ in outcomes(tmp_path).values()})
+        lock.release()
+
+    monkeypatch.setattr(sweep.time, "sleep", give_up)
+    assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
+    assert waited == [{protocol.GRID_SEED}]
+    assert store.result(cell) is not None
+    assert len(outcomes(tmp_path)) == 8 + 1
 
 
 def test_diverged_runs_are_said(tmp_path, capsys, monkeypatch):
@@ -199,12 +227,67 @@ def test_the_grid_chooses(tmp_path, capsys):
     found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
     cells = [pair for pair in found if pair[0]["seed"] == protocol.GRID_SEED]
     (final,) = [recipe for recipe, _ in found if recipe["seed"] == 0]
-    assert len(cells) == len(protocol.grid("sgd")) == 6
+    assert len(cells) == len(protocol.grid("sgd")) == 8
     best = max(
         cells, key=lambda pair: (max(pair[1]["validation_accuracy"]), -pair[1]["train_loss"][-1])
     )
     for name in ("learning_rate", "weight_decay", "b2"):
         assert final[name] == best[0][name]
+    assert all(set(run["test_accuracy"]) == {None} for _, run in cells)  # never looked at
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_at_one_run(tmp_path, expected, free_port):
+    """float32: the two sum in another order, which four epochs make 1e-4 of at most."""
+    code = f"{TINY}\ntable2.main(sys.argv[1:])"
+    words = arguments(tmp_path)
+    place = words.index("--devices")
+    del words[place : place + 2]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words, "--distributed", f"localhost:{free_port}", "2", i],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in "01"
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert ["SGD-M" in text for text in printed] == [True, False]
+    found = outcomes(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, (recipe, run) in found.items():
+        assert recipe == expected[name][0]
+        for key in ("train_loss", "validation_accuracy", "test_accuracy"):
+            np.testing.assert_allclose(run[key], expected[name][1][key], rtol=1e-4)
+        environment = json.loads((tmp_path / "digits_tiny" / name).read_text("utf-8"))[
+            "environment"
+        ]
+        assert environment["devices"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--devices", 9), "--devices 9: there are 8"),
+        (("--devices", 3), "a batch of 16 images cannot be shared by 3 devices"),
+        (("--distributed", "localhost:1"), "--distributed: no values, or COORDINATOR:PORT"),
+        (("--distributed", "localhost:1", "two", 0), "--distributed: invalid literal for int"),
+    ],
+)
+def test_devices_that_cannot_be(tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stop:
+        table2.main(arguments(tmp_path, *more))
+    assert stop.value.code == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_published_table():

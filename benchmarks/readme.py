@@ -1,0 +1,215 @@
+"""Writes the numbers of benchmarks/README.md, and its figures, from benchmarks/results.
+
+    python -m benchmarks.readme
+
+What stands between the markers of a section is replaced; the rest is left as it is.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import claims, figures, protocol, report, table2
+from benchmarks.loop import Run
+from benchmarks.methods import METHODS
+from benchmarks.published import TABLE2
+from benchmarks.significance import verdict
+from benchmarks.sweep import Job, Store
+
+HERE = Path(__file__).parent
+README, RESULTS = HERE / "README.md", HERE / "results"
+
+
+class Study:
+    """All runs of one column in one setting."""
+
+    def __init__(self, store: Store, jobs: Sequence[Job]):
+        any_job = jobs[0]
+        self.column, self.store = any_job.column, store
+        args = SimpleNamespace(
+            methods=[name for name in protocol.METHODS if any(job.method == name for job in jobs)],
+            seeds=1 + max((job.seed for job in jobs if job.seed != protocol.GRID_SEED), default=-1),
+            **{name: getattr(any_job, name) for name in ("epochs", "batch_size", "dtype")},
+            images=any_job.images,
+        )
+        sweep = table2.Sweep(args, store, Console())
+        self.grid = [job for job in sweep.grid_jobs(self.column) if store.holds(job)]
+        self.jobs = [job for job in sweep.jobs(self.column) if store.holds(job)]
+        self.results = table2.results(store, self.jobs)
+        self.title = (
+            f"{self.column}: "
+            + ("all" if any_job.images is None else f"{any_job.images:,}")
+            + f" training images, {any_job.epochs} epochs, batches of {any_job.batch_size}, "
+            f"{any_job.dtype}"
+        )
+        self.figure = store.folder / f"{self.column.replace('/', '_')}_training_loss.png"
+        seeds = f" --seeds {args.seeds}" if args.seeds else ""
+        self.command = (
+            f"python -m benchmarks.table2 --columns {self.column}{seeds} --epochs {args.epochs}"
+            + ("" if args.images is None else f" --images {args.images}")
+            + f" --batch-size {args.batch_size} --dtype {args.dtype}"
+            + (" --grid" if self.grid else "")
+            + " --data-dir DIR --out OUT"
+        )
+
+    def contents(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        return [found for job in jobs if (found := self.store.result(job))]
+
+
+def studies(folder: Path) -> list[Study]:
+    store = Store(folder, print)
+    settings: dict[tuple, list[Job]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        job = Job(**json.loads(path.read_text("utf-8"))["recipe"])
+        key = (job.column, job.epochs, job.batch_size, str(job.images), job.dtype)
+        settings.setdefault(key, []).append(job)
+    return [Study(store, jobs) for _, jobs in sorted(settings.items())]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def accuracy_table(study: Study) -> str:
+    rows = []
+    for result in study.results:
+        job = next(job for job in study.jobs if job.method == result.name)
+        published = TABLE2.get((study.column, result.name))
+        rows.append(
+            [
+                result.label,
+                f"{job.learning_rate:g}",
+                f"{job.weight_decay:g}",
+                table2.cell(result),
+                *(["{:.2f} ± {:.2f}".format(*published)] if published else ["-"]),
+                report.mean_std(result.train_losses, 4),
+            ]
+        )
+    header = ("method", "rate", "decay", "test accuracy, % (seeds)", "paper", "last training loss")
+    return markdown(header, rows)
+
+
+def claims_table(study: Study) -> str:
+    runs: dict[str, dict[int, Run]] = {}
+    for result in study.results:
+        runs[result.name] = {run.seed: run for run in result.runs}
+    rows = [
+        [found.claim.words, found.claim.quantity, found.names(), found.describe(), found.verdict]
+        for found in claims.findings(runs)
+    ]
+    return markdown(("the paper", "of", "difference or ratio", "here (95 %)", ""), rows)
+
+
+def grid_table(study: Study) -> str:
+    """The best validation accuracy of every cell; the chosen one in bold."""
+    merits = {job: found for job in study.grid if (found := study.store.result(job))}
+    rows = []
+    for name in dict.fromkeys(job.method for job in merits):
+        cells = {job: Run(**found["run"]) for job, found in merits.items() if job.method == name}
+        best = max(cells, key=lambda job: table2.merit(merits[job]))
+        texts = []
+        for job, run in cells.items():
+            epoch = run.best_epoch
+            text = "diverged" if epoch is None else f"{run.validation_accuracy[epoch]:.2f}"
+            texts.append(f"**{text}**" if job == best else text)
+        factor = f"{protocol.LEARNING_RATES[name]:g} x"
+        rows.append([METHODS[name].label, factor, *texts])
+    cells = [
+        f"{rate:g}, {decay:g}" for rate in protocol.GRID_RATES for decay in protocol.GRID_DECAYS
+    ]
+    return markdown(("method", "rate", *cells), rows)
+
+
+def cost(study: Study) -> str:
+    found = study.contents([*study.grid, *study.jobs])
+    hours = sum(content["wall_seconds"] for content in found) / 3600
+    devices = sorted({str(content["environment"]["device"]) for content in found})
+    speed = statistics.median(
+        content["recipe"]["batch_size"] / statistics.median(content["run"]["step_time"])
+        for content in found
+    )
+    return (
+        f"{len(found)} runs, {hours:.1f} hours of them added up, {speed:,.0f} images per second in "
+        f"the median run; device: {', '.join(devices)}. Commits: "
+        f"{', '.join(sorted({str(content['commit'])[:7] for content in found}))}."
+    )
+
+
+def table2_section(folder: Path = RESULTS / "table2") -> Iterator[str]:
+    for study in studies(folder):
+        yield f"### {study.title}"
+        yield f"```\n{study.command}\n```"
+        yield cost(study)
+        if study.results:
+            yield accuracy_table(study)
+            yield verdict(study.results).replace("\n", " ")
+            yield f"![Training loss of the methods]({study.figure.relative_to(HERE).as_posix()})"
+            yield claims_table(study)
+        if study.grid:
+            yield (
+                "The grid: best validation accuracy in per cent, one seed; columns are multiples of "
+                "the rate and L2 coefficients (of AdamW's decoupled decay: 20 times as much)."
+            )
+            yield grid_table(study)
+
+
+def throughput_section(folder: Path = RESULTS) -> Iterator[str]:
+    for path in sorted(folder.glob("throughput_*.json")):
+        content = json.loads(path.read_text("utf-8"))
+        recipe, ways = content["recipe"], content["ways"]
+        rows = [
+            [
+                way["dtype"],
+                str(way["seeds"]),
+                str(way["processes"]),
+                f"{way['images_per_second']:,.0f}",
+                f"{way['images_per_second'] / ways[0]['images_per_second']:.2f}",
+                f"{100 * way['fraction_of_peak']:.0f} %",
+            ]
+            for way in ways
+        ]
+        yield (
+            f"{recipe['model']}, images of {recipe['dataset']}'s shape, batches of "
+            f"{recipe['batch_size']}; device: {ways[0]['device']}:"
+        )
+        header = ("dtype", "seeds by vmap", "processes", "images/s", "ratio", "of the peak")
+        yield markdown(header, rows)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
+    "table2": table2_section,
+    "throughput": throughput_section,
+}
+
+
+def render(text: str) -> str:
+    """`text` with the sections as the results have them now."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name}: written by benchmarks.readme -->", f"<!-- end of {name} -->"
+        body = "\n\n".join((begin, *section(), end))
+        pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
+        text, count = re.subn(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"error: {README}: {count} places for the section {name}, not one")
+    return text
+
+
+def main() -> int:
+    for study in studies(RESULTS / "table2"):
+        if study.results:
+            figures.training_loss_twice(study.results, study.column, study.figure)
+    README.write_text(render(README.read_text("utf-8")), encoding="utf-8")
+    print(f"written: {README.relative_to(HERE.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
