@@ -178,7 +178,7 @@ class Trainer:
         """
         run, state = resume or (Run(seed), self.init(seed))
         for epoch in range(len(run.train_loss), epochs):
-            state, losses, step_time = self._train_epoch(state, seed, epoch)
+            state, losses, step_time = self.train_epoch(state, seed, epoch)
             run.train_loss.append(float(losses.mean()))
             run.step_time.append(step_time)
             if not math.isfinite(run.train_loss[-1]):
@@ -222,7 +222,7 @@ class Trainer:
 
         return jax.lax.scan(body, state, jnp.arange(self.steps, dtype=jnp.int32))
 
-    def _train_epoch(self, state: State, seed: int, epoch: int) -> tuple[State, np.ndarray, float]:
+    def train_epoch(self, state: State, seed: int, epoch: int) -> tuple[State, np.ndarray, float]:
         """The new state, the steps' losses and the median time of a step."""
         plan, train = jax.block_until_ready(self.plan(seed, epoch)), self._train
         if self.scan:

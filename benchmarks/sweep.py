@@ -209,6 +209,7 @@ def work(
 
     With `wait`, returns when all is finished: what another process leaves unfinished is taken over.
     """
+    waited_for = 0
     while True:
         for job in jobs:
             if store.result(job) is not None:
@@ -220,8 +221,12 @@ def work(
                         job, trainer(job), store, save_every, lambda run, job=job: show(job, run)
                     )
                     finished(job, run)
-        if not wait or all(store.result(job) is not None for job in jobs):
+        left = sum(store.result(job) is None for job in jobs)
+        if not left or not wait:
             return
+        if left != waited_for:
+            store.say(f"waiting for {left} runs that other processes have")
+        waited_for = left
         time.sleep(POLL)
 
 

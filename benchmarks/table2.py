@@ -81,21 +81,26 @@ class Sweep:
 
     def chosen(self, column: str) -> dict[str, protocol.Hyperparameters]:
         """By the grid, if all of it has been run; else those of the paper."""
-        found = {}
+        about, found = protocol.COLUMNS[column], {}
         for method in self.args.methods:
-            cells = [
-                self._job(column, method, v, protocol.GRID_SEED) for v in protocol.grid(method)
-            ]
-            results = [self.store.result(job) for job in cells]
-            if all(results):
-                best = max(zip(results, cells, strict=True), key=lambda pair: merit(pair[0]))[1]
+            results = {
+                job: self.store.result(job)
+                for job in self.grid_jobs(column)
+                if job.method == method
+            }
+            if all(results.values()):
+                best = max(results, key=lambda job: merit(results[job]))
                 found[method] = protocol.Hyperparameters(
                     best.learning_rate, best.b2, best.weight_decay
                 )
             else:
-                dataset, model, *_ = protocol.COLUMNS[column]
-                found[method] = protocol.hyperparameters(dataset, model, method)
+                found[method] = protocol.hyperparameters(about.dataset, about.model, method)
         return found
+
+    def describe_chosen(self, column: str) -> str:
+        complete = all(self.store.holds(job) for job in self.grid_jobs(column))
+        source = "chosen by the grid, on the validation images" if complete else "as published"
+        return f"{column}: learning rates and weight decays {source}"
 
     def _job(self, column: str, method: str, values: protocol.Hyperparameters, seed: int) -> Job:
         args, about = self.args, protocol.COLUMNS[column]
@@ -261,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unfinished:
         console.print(f"{unfinished} runs are not finished: other processes are at them")
     for column, rows in found.items():
+        console.print(sweep.describe_chosen(column), highlight=False, soft_wrap=True)
         if rows:
             path = args.out / f"{column.replace('/', '_')}_training_loss.png"
             figures.training_loss_twice(rows, column, path)

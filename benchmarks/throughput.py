@@ -99,7 +99,7 @@ class Worker:
         self.dtype = way.dtype
 
     def epoch(self) -> None:
-        self.state, *_ = self.trainer._train_epoch(self.state, 0, 0)
+        self.state, *_ = self.trainer.train_epoch(self.state, 0, 0)
 
     def operations(self) -> float:
         """Of an epoch, as XLA counts them."""

@@ -16,9 +16,11 @@ import filelock
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
-from benchmarks import models, protocol, report, sweep, table2
-from benchmarks.loop import Trainer
+from benchmarks import claims, models, protocol, readme, report, sweep, table2
+from benchmarks.loop import Run, Trainer
+from benchmarks.methods import METHODS
 from benchmarks.published import TABLE2
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -105,9 +107,9 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, expected):
         with pytest.raises(Interrupted):
             table2.main(arguments(tmp_path))
     assert not outcomes(tmp_path)
-    epochs, train = [], Trainer._train_epoch
+    epochs, train = [], Trainer.train_epoch
     count = lambda self, *rest: epochs.append(1) or train(self, *rest)  # noqa: E731
-    monkeypatch.setattr(Trainer, "_train_epoch", count)
+    monkeypatch.setattr(Trainer, "train_epoch", count)
     assert table2.main(arguments(tmp_path)) == 0
     assert outcomes(tmp_path) == expected
     assert len(epochs) == 4 * 4 - 2
@@ -288,6 +290,69 @@ def test_devices_that_cannot_be(tmp_path, capsys, more, message):
         table2.main(arguments(tmp_path, *more))
     assert stop.value.code == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_the_page_of_the_results(tmp_path):
+    """Every setting is a section of its own, with what was chosen, what came out and what it cost."""
+    methods = ["adam", "adamst", "sgd"]
+    assert table2.main(arguments(tmp_path, "--grid", methods=methods)) == 0
+    assert table2.main(arguments(tmp_path, "--epochs", 1, methods=["sgd"], seeds=1)) == 0
+    one, four = readme.studies(tmp_path)
+    assert one.title == "digits/tiny: 50 training images, 1 epochs, batches of 16, float32"
+    assert len(one.jobs) == 1
+    assert not one.grid
+    assert (len(four.jobs), len(four.grid)) == (3 * 2, 3 * 8)
+    assert (
+        " --seeds 2 --epochs 4 --images 50 --batch-size 16 --dtype float32 --grid" in four.command
+    )
+    best = {job.method: (job.learning_rate, job.weight_decay) for job in four.jobs}
+    rows = readme.accuracy_table(four).splitlines()[2:]
+    assert len(rows) == 3
+    for row, method in zip(rows, methods, strict=True):
+        rate, decay = best[method]
+        accuracies = [
+            run.selected_test_accuracy for run in four.results[methods.index(method)].runs
+        ]
+        label = METHODS[method].label
+        assert row.startswith(f"| {label} | {rate:g} | {decay:g} | {np.mean(accuracies):.2f} ± ")
+        assert " (2) | - | " in row
+    grid = readme.grid_table(four).splitlines()
+    assert [line.count("**") for line in grid] == [0, 0, 2, 2, 2]
+    assert "30 runs" in readme.cost(four)
+    assert readme.claims_table(four).count("\n") == 1 + 1  # of AdamST against Adam: the speed
+    with pytest.raises(SystemExit, match="0 places for the section table2"):
+        readme.render("no markers")
+
+
+def test_claims():
+    """The paper's words against runs whose differences are known."""
+    scatter = np.array([0.3, -0.2, 0.1, -0.1])
+
+    def runs(accuracy, loss):
+        made = [Run(i, [loss * np.exp(s)], [50.0], [accuracy + s]) for i, s in enumerate(scatter)]
+        return dict(enumerate(made))
+
+    table = {"adam": runs(50.0, 0.1), "adams": runs(51.0, 0.1), "adamw": runs(50.5, 0.2)}
+    table["adams"][2].test_accuracy[0] += 0.2
+    table["adamsrt"] = {i: Run(i, [0.1], [50.0], [50.0 + 0.4 * (-1) ** i]) for i in range(4)}
+    found = {(f.claim.quantity, f.claim.better, f.claim.worse): f for f in claims.findings(table)}
+    assert len(found) == 4
+    better = found[claims.ACCURACY, "adams", "adam"]
+    assert (better.verdict, better.seeds) == ("agrees", 4)
+    interval = stats.ttest_1samp([1.0, 1.0, 1.2, 1.0], 0).confidence_interval(0.95)
+    ours = better.difference - better.halfwidth, better.difference + better.halfwidth
+    np.testing.assert_allclose(ours, interval, rtol=1e-9)
+    assert better.describe() == f"+1.05 ± {better.halfwidth:.2f} points"
+    worse = found[claims.ACCURACY, "adam", "adamw"]
+    assert worse.verdict == "the opposite"
+    np.testing.assert_allclose(worse.difference, -0.5, rtol=1e-9)
+    faster = found[claims.SPEED, "adamw", "adam"]
+    assert faster.verdict == "the opposite"
+    assert faster.describe() == "x 2.00 (2.00 to 2.00)"
+    assert found[claims.ACCURACY, "adamsrt", "adam"].verdict == "not told apart from chance"
+    table["adams"][0].diverged = True
+    again = {f.claim: f.seeds for f in claims.findings(table)}
+    assert again[better.claim] == 3
 
 
 def test_published_table():
