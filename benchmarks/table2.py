@@ -99,7 +99,9 @@ class Sweep:
 
     def describe_chosen(self, column: str) -> str:
         complete = all(self.store.holds(job) for job in self.grid_jobs(column))
-        source = "chosen by the grid, on the validation images" if complete else "as published"
+        source = (
+            "by the grid, on the validation images" if complete else "by benchmarks/protocol.py"
+        )
         return f"{column}: learning rates and weight decays {source}"
 
     def _job(self, column: str, method: str, values: protocol.Hyperparameters, seed: int) -> Job:
@@ -185,8 +187,7 @@ def results(store: Store, jobs: Sequence[Job]) -> list[report.Result]:
 
 def table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
     """Ours beside the paper's: mean and standard deviation of the test accuracy, and how many seeds."""
-    made = Table(title="Test accuracy in per cent, mean ± std (seeds); paper: 5 seeds, 405 epochs")
-    made.title_justify = "left"
+    made = Table()
     made.add_column("method", no_wrap=True)
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
@@ -261,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(2)
         parser.error(str(error))
     found = {column: results(store, of) for column, of in jobs.items()}
+    console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")
     console.print(table(found))
     unfinished = sum(store.result(job) is None for of in jobs.values() for job in of)
     if unfinished:
