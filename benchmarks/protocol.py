@@ -124,7 +124,7 @@ METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
 
 # For columns without published values: the same multiples of the learning rate for every method, and two
 # L2 coefficients. AdamW's decay is not in the gradient: the paper's default, 1e-2, is 20 times its 5e-4.
-GRID_RATES = (1.0, 3.0, 10.0, 30.0)
+GRID_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_DECAYS = (6.25e-5, 5e-4)
 DECOUPLED = 20.0
 GRID_SEED = 100  # not one of the table's; the grid never looks at the test images

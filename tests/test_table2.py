@@ -213,7 +213,7 @@ def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
     assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
     assert waited == [{protocol.GRID_SEED}]
     assert store.result(cell) is not None
-    assert len(outcomes(tmp_path)) == 8 + 1
+    assert len(outcomes(tmp_path)) == 10 + 1
 
 
 def test_diverged_runs_are_said(tmp_path, capsys, monkeypatch):
@@ -229,7 +229,7 @@ def test_the_grid_chooses(tmp_path, capsys):
     found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
     cells = [pair for pair in found if pair[0]["seed"] == protocol.GRID_SEED]
     (final,) = [recipe for recipe, _ in found if recipe["seed"] == 0]
-    assert len(cells) == len(protocol.grid("sgd")) == 8
+    assert len(cells) == len(protocol.grid("sgd")) == 10
     best = max(
         cells, key=lambda pair: (max(pair[1]["validation_accuracy"]), -pair[1]["train_loss"][-1])
     )
@@ -301,7 +301,7 @@ def test_the_page_of_the_results(tmp_path):
     assert one.title == "digits/tiny: 50 training images, 1 epochs, batches of 16, float32"
     assert len(one.jobs) == 1
     assert not one.grid
-    assert (len(four.jobs), len(four.grid)) == (3 * 2, 3 * 8)
+    assert (len(four.jobs), len(four.grid)) == (3 * 2, 3 * 10)
     assert (
         " --seeds 2 --epochs 4 --images 50 --batch-size 16 --dtype float32 --grid" in four.command
     )
@@ -318,7 +318,7 @@ def test_the_page_of_the_results(tmp_path):
         assert " (2) | - | " in row
     grid = readme.grid_table(four).splitlines()
     assert [line.count("**") for line in grid] == [0, 0, 2, 2, 2]
-    assert "30 runs" in readme.cost(four)
+    assert "36 runs" in readme.cost(four)
     assert readme.claims_table(four).count("\n") == 1 + 1  # of AdamST against Adam: the speed
     with pytest.raises(SystemExit, match="0 places for the section table2"):
         readme.render("no markers")
