@@ -11,6 +11,7 @@ from benchmarks.loop import Run
 from benchmarks.methods import METHODS
 
 CONFIDENCE = 0.95
+SMALLEST = 1e-12  # a loss can be 0
 
 
 class Claim(NamedTuple):
@@ -25,10 +26,10 @@ class Claim(NamedTuple):
 ACCURACY, SPEED = "test accuracy", "training loss"
 CLAIMS = (
     Claim(ACCURACY, "adams", "adam", "(a) neutralised: better accuracy"),
-    Claim(ACCURACY, "adamst", "adams", "(ab): the overall best accuracy"),
+    Claim(ACCURACY, "adamst", "adams", "(ab): better accuracy than (a)"),
     Claim(ACCURACY, "adamst", "adamsrt", "(abc): lower accuracy than (ab)"),
     Claim(ACCURACY, "adamsrt", "adam", "(abc): Table 2 has it above Adam"),
-    Claim(ACCURACY, "adam", "adamw", "AdamW†: overall worst generalisation"),
+    Claim(ACCURACY, "adam", "adamw", "AdamW†: worse generalisation than Adam"),
     Claim(SPEED, "adam", "adamst", "(ab) slows down training"),
     Claim(SPEED, "adamsrt", "adamst", "(abc): a slight acceleration"),
     Claim(SPEED, "adamw", "adam", "AdamW† is the fastest"),
@@ -37,7 +38,7 @@ CLAIMS = (
 # Speed: the training loss over all epochs; of its logarithm, because losses scatter in proportion.
 QUANTITIES = {
     ACCURACY: lambda run: run.selected_test_accuracy,
-    SPEED: lambda run: float(np.log(run.train_loss).mean()),
+    SPEED: lambda run: float(np.log(np.maximum(run.train_loss, SMALLEST)).mean()),
 }
 
 

@@ -87,7 +87,7 @@ def init_variables(
 def make_plan(
     seed: int, epoch: int, steps: int, batch_size: int, n: int, sharding: NamedSharding
 ) -> Plan:
-    """Every image at most once an epoch; the remainder that fills no batch waits for the next."""
+    """Every image at most once an epoch; the remainder that fills no batch is left out."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
     shuffle_key, step_key = jax.random.split(key)
     order = jax.random.permutation(shuffle_key, n)[: steps * batch_size]

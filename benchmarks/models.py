@@ -1,6 +1,6 @@
 """The paper's networks (Flax Linen) by name, for small images in NHWC.
 
-`dtype` is what convolutions compute in; parameters, statistics and logits stay in float32.
+`dtype` is that of the activations; parameters, statistics and logits stay in float32.
 
 They follow the authors' released code: convolutions have no bias and are all followed by BatchNorm,
 a ResNet's shortcut is a 1x1 convolution where the shape changes, and a convolution starts uniform in

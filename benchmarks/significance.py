@@ -4,6 +4,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
@@ -40,9 +41,14 @@ class Comparison:
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """Of the methods none of whose seeds diverged; computed from the numbers, whatever they are."""
+    """Of the methods none of whose seeds diverged, and the seeds that all of them have run."""
     complete = [r for r in results if len(r.test_accuracies) == len(r.runs)]
-    if len(complete) < 2 or len(complete[0].runs) < 2:
+    shared = set.intersection(*({run.seed for run in r.runs} for r in complete)) if complete else ()
+    complete = [
+        replace(r, runs=sorted((x for x in r.runs if x.seed in shared), key=lambda run: run.seed))
+        for r in complete
+    ]
+    if len(complete) < 2 or len(shared) < 2:
         return "Fewer than two methods finished two seeds: nothing to compare."
     labels = [result.label for result in complete]
     accuracy = Comparison(labels, np.array([result.test_accuracies for result in complete]))

@@ -45,18 +45,22 @@ class Job(NamedTuple):
     epochs: int
     batch_size: int
     images: int | None  # of the training set; None: all
-    dtype: str  # of the convolutions
+    dtype: str  # of the activations
     seed: int
+
+    @property
+    def setting(self) -> str:
+        """What all methods and seeds of a table have in common, beside the column."""
+        images = "" if self.images is None else f"_{self.images}images"
+        dtype = "" if self.dtype == "float32" else f"_{self.dtype}"
+        return f"{self.epochs}epochs_batch{self.batch_size}{images}{dtype}"
 
     @property
     def name(self) -> str:
         b2 = "" if self.b2 is None else f"_b2-{self.b2:g}"
-        images = "" if self.images is None else f"_{self.images}images"
-        dtype = "" if self.dtype == "float32" else f"_{self.dtype}"
         return (
             f"{self.column.replace('/', '_')}/{self.method}_lr{self.learning_rate:g}{b2}"
-            f"_wd{self.weight_decay:g}_{self.epochs}epochs_batch{self.batch_size}{images}"
-            f"{dtype}_seed{self.seed}"
+            f"_wd{self.weight_decay:g}_{self.setting}_seed{self.seed}"
         )
 
 
@@ -75,18 +79,21 @@ class Store:
         return (self.folder / f"{job.name}.json").exists()
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """What the job gave, None if it has not finished. What cannot be read is put aside."""
+        """What the job gave, None if it has not finished. What is no result of it is put aside."""
         path = self.folder / f"{job.name}.json"
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            Run(**found["run"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            aside = path.with_suffix(".corrupt")
-            path.replace(aside)
-            self.say(f"{path}: no result of a run ({_line(error)}); now {aside.name}, runs again")
-            return None
+        with _one_line(path):
+            try:
+                found = json.loads(path.read_text("utf-8"))
+                _check(found, job)
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError, KeyError) as error:
+                aside = path.with_suffix(".corrupt")
+                path.replace(aside)
+                self.say(
+                    f"{path}: no result of a run ({_line(error)}); now {aside.name}, runs again"
+                )
+                return None
         return found
 
     def write(self, job: Job, run: Run, wall_seconds: float, devices: int) -> None:
@@ -118,6 +125,8 @@ class Store:
             except filelock.Timeout:
                 yield False
                 return
+            except NotImplementedError as error:
+                raise SweepError(f"{path}: this file system has no locks") from error
         try:
             yield self.result(job) is None
         finally:
@@ -177,6 +186,8 @@ def execute(
     """Runs a job that has been claimed, from its last checkpoint, and stores what it gives."""
     with store.checkpoints(job) as checkpoints:
         restored = checkpoints.restore(trainer.shapes())
+        if restored:
+            store.say(f"{job.name}: goes on after epoch {len(restored[0].train_loss)}")
         resume, before = (restored[:2], restored[2]) if restored else (None, 0.0)
         start = saved = time.perf_counter()
 
@@ -261,9 +272,24 @@ def _line(error: Exception) -> str:
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 
+def _check(found: Any, job: Job) -> None:
+    if found["recipe"] != job._asdict():
+        raise ValueError("of another recipe")
+    run = Run(**found["run"])
+    epochs = len(run.train_loss) - run.diverged  # the last of a diverged run has no accuracies
+    columns = run.train_loss[:epochs], run.validation_accuracy, run.test_accuracy
+    if (not run.diverged and epochs != job.epochs) or {len(x) for x in columns} != {epochs}:
+        raise ValueError("not as many epochs as there should be")
+    numbers = [*run.train_loss[:epochs], *run.validation_accuracy, *run.step_time]
+    numbers += [x for x in run.test_accuracy if x is not None]
+    if not all(isinstance(x, int | float) for x in numbers):
+        raise TypeError("not a number")
+
+
 def _commit() -> str | None:
-    """Of the checkout that this is, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Of the checkout that this is, if it is one; "+" for what is not committed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+    command += ["--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

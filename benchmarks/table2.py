@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
@@ -20,8 +20,9 @@ from rich.table import Table
 
 from benchmarks import figures, protocol, report
 from benchmarks.data import DataError, Dataset, Split, load
-from benchmarks.loop import Run, Trainer
+from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS
+from benchmarks.models import ImageSizeError
 from benchmarks.progress import Overall
 from benchmarks.published import TABLE2
 from benchmarks.sweep import Job, Store, SweepError, announce, follow, work
@@ -33,10 +34,8 @@ SAVE_EVERY = 60.0  # seconds
 def make_parser() -> Parser:
     parser = Parser(prog="benchmarks.table2", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
-    add("--columns", nargs="+", required=True, choices=protocol.COLUMNS, metavar="COLUMN")
-    add(
-        "--methods", nargs="+", default=protocol.METHODS, choices=protocol.METHODS, metavar="METHOD"
-    )
+    add("--columns", nargs="+", required=True, choices=protocol.COLUMNS)
+    add("--methods", nargs="+", default=protocol.METHODS, choices=protocol.METHODS)
     add("--seeds", type=at_least(int, 1), default=5, help="how many; they are 0, 1, ...")
     add("--epochs", type=at_least(int, 1), help="default: the column's; scales the milestones")
     add("--images", type=at_least(int, 1), help="training images; default: the column's")
@@ -80,29 +79,20 @@ class Sweep:
         ]
 
     def chosen(self, column: str) -> dict[str, protocol.Hyperparameters]:
-        """By the grid, if all of it has been run; else those of the paper."""
-        about, found = protocol.COLUMNS[column], {}
-        for method in self.args.methods:
-            results = {
-                job: self.store.result(job)
-                for job in self.grid_jobs(column)
-                if job.method == method
+        """By the grid, all of which has been run, or those of benchmarks/protocol.py."""
+        dataset, model, *_ = protocol.COLUMNS[column]
+        if not self.args.grid:
+            return {
+                method: protocol.hyperparameters(dataset, model, method)
+                for method in self.args.methods
             }
-            if all(results.values()):
-                best = max(results, key=lambda job: merit(results[job]))
-                found[method] = protocol.Hyperparameters(
-                    best.learning_rate, best.b2, best.weight_decay
-                )
-            else:
-                found[method] = protocol.hyperparameters(about.dataset, about.model, method)
+        found = {}
+        results = {job: self.store.result(job) for job in self.grid_jobs(column)}
+        for method in self.args.methods:
+            cells = [job for job, result in results.items() if result and job.method == method]
+            best = max(cells, key=lambda job: merit(results[job]))
+            found[method] = protocol.Hyperparameters(best.learning_rate, best.b2, best.weight_decay)
         return found
-
-    def describe_chosen(self, column: str) -> str:
-        complete = all(self.store.holds(job) for job in self.grid_jobs(column))
-        source = (
-            "by the grid, on the validation images" if complete else "by benchmarks/protocol.py"
-        )
-        return f"{column}: learning rates and weight decays {source}"
 
     def _job(self, column: str, method: str, values: protocol.Hyperparameters, seed: int) -> Job:
         args, about = self.args, protocol.COLUMNS[column]
@@ -118,23 +108,23 @@ class Sweep:
         overall = Overall(self.console, sum(job.epochs for job in jobs), done())
 
         def show(job: Job, run: Run) -> None:
-            epoch = len(run.train_loss)
-            text = f"{_title(job)}: loss {run.train_loss[-1]:.4f}"
-            overall.update(text, epoch, job.epochs, done() + epoch)
+            epoch, text = len(run.train_loss), f"loss {run.train_loss[-1]:.4f}"
+            overall.update(_title(job), text, epoch, job.epochs, done() + epoch)
 
         def finished(job: Job, run: Run) -> None:
-            overall.done = done()
             accuracies = "diverged"
             if run.best_epoch is not None:
                 accuracies = f"validation {run.validation_accuracy[run.best_epoch]:.2f} %"
             if run.selected_test_accuracy is not None:
                 accuracies += f", test {run.selected_test_accuracy:.2f} %"
-            self.store.say(
-                f"{_title(job)}: loss {run.train_loss[-1]:.4f}, {accuracies}, "
-                f"{job.batch_size / statistics.median(run.step_time):,.0f} images/s; "
-                f"{overall.left()} left"
+            speed = job.batch_size / statistics.median(run.step_time)
+            overall.finished(
+                f"{_title(job)}: loss {run.train_loss[-1]:.4f}, {accuracies}, {speed:,.0f} images/s",
+                done(),
             )
 
+        if missing:
+            self.store.say(f"{len(jobs) - len(missing)} runs are there, {len(missing)} to be done")
         with overall.bars:
             work(
                 *(missing, self.store, self.trainer, self.args.save_every, show, finished),
@@ -145,6 +135,8 @@ class Sweep:
 @functools.lru_cache(maxsize=1)
 def training_data(dataset: str, data_dir: Path | None, images: int | None) -> Dataset:
     data = load(dataset, data_dir)
+    if images and images > len(data.train.labels):
+        raise DataError(f"{dataset}: {len(data.train.labels)} training images, not {images}")
     return data._replace(train=Split(*(array[:images] for array in data.train)))
 
 
@@ -161,7 +153,10 @@ def trainer(job: Job, data_dir: Path | None, devices: int | None) -> Trainer:
 
 
 def _title(job: Job) -> str:
-    return f"{job.column}, {METHODS[job.method].label}, rate {job.learning_rate:g}, seed {job.seed}"
+    return (
+        f"{job.column}, {METHODS[job.method].label}, rate {job.learning_rate:g}, "
+        f"decay {job.weight_decay:g}, seed {job.seed}"
+    )
 
 
 def merit(result: dict[str, Any] | None) -> tuple[float, float]:
@@ -192,13 +187,18 @@ def table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
         made.add_column("paper", justify="right", no_wrap=True)
-    for method in protocol.METHODS:
+    found = {row.name for rows in columns.values() for row in rows}
+    for method in (name for name in protocol.METHODS if name in found):
         cells = []
         for column, rows in columns.items():
             ours = next((row for row in rows if row.name == method), None)
             cells += [cell(ours), _published(column, method)]
         made.add_row(METHODS[method].label, *cells)
     return made
+
+
+def figure(folder: Path, job: Job) -> Path:
+    return folder / f"{job.column.replace('/', '_')}_{job.setting}_training_loss.png"
 
 
 def cell(result: report.Result | None) -> str:
@@ -220,11 +220,26 @@ def join(parser: Parser, words: Sequence[str]) -> None:
         parser.error("--distributed: no values, or COORDINATOR:PORT PROCESSES PROCESS")
     try:
         if words:
+            print(f"joining {words[1]} processes at {words[0]}", file=sys.stderr, flush=True)
             jax.distributed.initialize(words[0], int(words[1]), int(words[2]))
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         parser.error(f"--distributed: {' '.join(str(error).split())}")
+
+
+def leave(status: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:  # the others wait for this process: only its end frees them
+        os._exit(status)
+    raise SystemExit(status)
+
+
+def check(column: str, args: Any) -> None:
+    """Raises DataError for what training would find out later."""
+    about = protocol.COLUMNS[column]
+    data = training_data(about.dataset, args.data_dir, args.images or about.images)
+    steps_per_epoch(data, args.batch_size)
 
 
 def check_devices(parser: Parser, args: Any) -> None:
@@ -233,11 +248,17 @@ def check_devices(parser: Parser, args: Any) -> None:
         parser.error("--devices: with --distributed, all devices share the work")
     if args.devices and args.devices > found:
         parser.error(f"--devices {args.devices}: there are {found}")
+    if args.batch_size % (args.devices or found):
+        parser.error(
+            f"--batch-size {args.batch_size}: no multiple of {args.devices or found} devices"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    for name in ("columns", "methods"):  # each once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     parser.require_writable(args.out, args.out)
     if args.distributed is not None:
         join(parser, args.distributed)
@@ -249,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if jax.process_index():
             follow(store, sweep.trainer, args.save_every)
             return 0
+        for column in args.columns:  # all of them, before hours of training
+            check(column, args)
         if args.grid:
             # All of it: what the table trains depends on it.
             grid_jobs = [job for column in args.columns for job in sweep.grid_jobs(column)]
@@ -256,21 +279,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = {column: sweep.jobs(column) for column in args.columns}
         sweep.run([job for column in jobs.values() for job in column])
         announce(None)
-    except (DataError, SweepError) as error:
-        if jax.process_count() > 1:  # the others may be waiting for this process: end them all
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(2)
-        parser.error(str(error))
+    except (DataError, ImageSizeError, SweepError) as error:
+        leave(2, f"error: {error}")
+    except KeyboardInterrupt:
+        leave(130, "interrupted: the same command goes on from the last checkpoints")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        leave(1, f"error: another process is lost ({' '.join(str(error).split())[:200]})")
     found = {column: results(store, of) for column, of in jobs.items()}
+    source = (
+        "by the grid, on the validation images" if args.grid else "as in benchmarks/protocol.py"
+    )
+    console.print(f"Learning rates and weight decays {source}")
     console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")
     console.print(table(found))
     unfinished = sum(store.result(job) is None for of in jobs.values() for job in of)
     if unfinished:
-        console.print(f"{unfinished} runs are not finished: other processes are at them")
+        console.print(f"{unfinished} runs are not finished: other processes have them")
     for column, rows in found.items():
-        console.print(sweep.describe_chosen(column), highlight=False, soft_wrap=True)
         if rows:
-            path = args.out / f"{column.replace('/', '_')}_training_loss.png"
+            path = figure(args.out, jobs[column][0])
             figures.training_loss_twice(rows, column, path)
             console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0
