@@ -81,38 +81,61 @@ def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch, expected)
     assert table2.main(arguments(tmp_path)) == 0
     assert capsys.readouterr().out == first
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"digits_tiny", "digits_tiny_training_loss.png", "locks", "unfinished"}
+    figure = "digits_tiny_4epochs_batch16_50images_training_loss.png"
+    assert names == {"digits_tiny", figure, "locks", "unfinished"}
     assert not list(tmp_path.glob("unfinished/*/*"))
+
+
+def test_each_method_once(tmp_path, capsys, expected):
+    assert table2.main(arguments(tmp_path, methods=("sgd", "adamsrt", "sgd"))) == 0
+    assert outcomes(tmp_path) == expected
+    assert capsys.readouterr().out.count("(2)") == 2
 
 
 class Interrupted(Exception):
     pass
 
 
-def interrupt(monkeypatch, epoch):
+def interrupt(monkeypatch, epoch, error=Interrupted):
     """Stops the first run that gets there, after its checkpoint."""
     save = sweep.Checkpoints.save
 
     def stop(self, run, state, wall_seconds):
         save(self, run, state, wall_seconds)
         if len(run.train_loss) == epoch:
-            raise Interrupted
+            raise error
 
     monkeypatch.setattr(sweep.Checkpoints, "save", stop)
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, expected):
+def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch, expected):
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         with pytest.raises(Interrupted):
             table2.main(arguments(tmp_path))
     assert not outcomes(tmp_path)
     epochs, train = [], Trainer.train_epoch
+    capsys.readouterr()
     count = lambda self, *rest: epochs.append(1) or train(self, *rest)  # noqa: E731
     monkeypatch.setattr(Trainer, "train_epoch", count)
     assert table2.main(arguments(tmp_path)) == 0
     assert outcomes(tmp_path) == expected
     assert len(epochs) == 4 * 4 - 2
+    said = capsys.readouterr().err
+    assert "0 runs are there, 4 to be done" in said
+    assert said.count("_seed0: goes on after epoch 2") == 1
+    assert said.count(" left\n") == 4
+
+
+def test_ctrl_c(tmp_path, capsys, monkeypatch, expected):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, KeyboardInterrupt)
+        with pytest.raises(SystemExit) as stop:
+            table2.main(arguments(tmp_path))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith("the same command goes on from the last checkpoints\n")
+    assert table2.main(arguments(tmp_path)) == 0
+    assert outcomes(tmp_path) == expected
 
 
 @pytest.mark.parametrize("left", [1, 0])
@@ -135,11 +158,35 @@ def test_corrupt_checkpoints(tmp_path, capsys, monkeypatch, expected, left):
     assert outcomes(tmp_path) == expected
 
 
-@pytest.mark.parametrize("content", ["", '{"run": {"seed": 0', '{"run": {}}', "[]"])
-def test_a_corrupt_result_is_put_aside(tmp_path, capsys, expected, content):
+def edited(place, value):
+    """A result that was changed by hand."""
+
+    def edit(text):
+        content = json.loads(text)
+        part, key = place
+        content[part][key] = value
+        return json.dumps(content)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:99],
+        lambda text: '{"run": {}}',
+        lambda text: "[]",
+        edited(("recipe", "learning_rate"), 7.0),
+        edited(("run", "train_loss"), [1.0, 1.0]),
+        edited(("run", "test_accuracy"), ["high"] * 4),
+    ],
+)
+def test_a_corrupt_result_is_put_aside(tmp_path, capsys, expected, damage):
     assert table2.main(arguments(tmp_path)) == 0
     damaged = sorted(tmp_path.glob("digits_tiny/*.json"))[0]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits_tiny/*.json")}
+    content = damage(damaged.read_text("utf-8"))
     damaged.write_text(content, "utf-8")
     capsys.readouterr()
     assert table2.main(arguments(tmp_path)) == 0
@@ -170,6 +217,38 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, expected, what):
     assert error[0].endswith(": No space left on device")
     assert table2.main(arguments(tmp_path)) == 0
     assert outcomes(tmp_path) == expected
+
+
+def test_a_result_that_may_not_be_read_stays(tmp_path, capsys, monkeypatch, expected):
+    assert table2.main(arguments(tmp_path)) == 0
+    name = sorted(expected)[0]
+    read = Path.read_text
+
+    def forbidden(self, *rest):
+        if self.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", forbidden)
+        with pytest.raises(SystemExit):
+            table2.main(arguments(tmp_path))
+    assert f"{name}: Permission denied" in capsys.readouterr().err
+    assert outcomes(tmp_path) == expected
+
+
+def test_data_are_looked_at_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "run", None)
+    columns = ["--columns", "digits/tiny", "svhn_cropped/resnet18", "--data-dir", str(tmp_path)]
+    for more, message in (
+        (columns, "holds neither svhn_cropped.npz nor"),
+        (["--images", 201], "digits: 200 training images, not 201"),
+        (["--batch-size", 56], "digits: 50 training images are too few for one batch of 56"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            table2.main(arguments(tmp_path / "out", *more))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_unreadable_data(tmp_path, capsys, monkeypatch):
@@ -225,6 +304,7 @@ def test_diverged_runs_are_said(tmp_path, capsys, monkeypatch):
 
 
 def test_the_grid_chooses(tmp_path, capsys):
+    """Only when it is asked for: what is in the folder does not decide what a command trains."""
     assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
     found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
     cells = [pair for pair in found if pair[0]["seed"] == protocol.GRID_SEED]
@@ -236,6 +316,11 @@ def test_the_grid_chooses(tmp_path, capsys):
     for name in ("learning_rate", "weight_decay", "b2"):
         assert final[name] == best[0][name]
     assert all(set(run["test_accuracy"]) == {None} for _, run in cells)  # never looked at
+    assert "weight decays by the grid" in capsys.readouterr().out
+    assert table2.main(arguments(tmp_path, methods=["sgd"], seeds=1)) == 0
+    published = protocol.hyperparameters("digits", "tiny", "sgd")
+    assert len(outcomes(tmp_path)) == 10 + 1 + (published.weight_decay != final["weight_decay"])
+    assert "as in benchmarks/protocol.py" in capsys.readouterr().out
 
 
 @pytest.fixture
