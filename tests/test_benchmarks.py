@@ -289,7 +289,7 @@ def test_batches_that_cannot_be_shared():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_bfloat16_is_for_convolutions_only():
+def test_bfloat16_is_for_activations_only():
     trainer, reference = tiny_trainer("adamst", dtype="bfloat16"), tiny_trainer("adamst")
     assert {leaf.dtype for leaf in jax.tree.leaves(trainer.shapes())} <= {
         np.dtype(np.float32),
