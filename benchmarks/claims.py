@@ -27,6 +27,7 @@ ACCURACY, SPEED = "test accuracy", "training loss"
 CLAIMS = (
     Claim(ACCURACY, "adams", "adam", "(a) neutralised: better accuracy"),
     Claim(ACCURACY, "adamst", "adams", "(ab): better accuracy than (a)"),
+    Claim(ACCURACY, "adamst", "adam", "(ab): Table 2 has it above Adam"),
     Claim(ACCURACY, "adamst", "adamsrt", "(abc): lower accuracy than (ab)"),
     Claim(ACCURACY, "adamsrt", "adam", "(abc): Table 2 has it above Adam"),
     Claim(ACCURACY, "adam", "adamw", "AdamW†: worse generalisation than Adam"),

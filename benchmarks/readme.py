@@ -1,4 +1,4 @@
-"""Writes the numbers of benchmarks/README.md, and its figures, from benchmarks/results.
+"""Writes the numbers of README.md and benchmarks/README.md, and the figures, from benchmarks/results.
 
     python -m benchmarks.readme
 
@@ -24,7 +24,8 @@ from benchmarks.significance import verdict
 from benchmarks.sweep import Job, Store
 
 HERE = Path(__file__).parent
-README, RESULTS = HERE / "README.md", HERE / "results"
+RESULTS = HERE / "results"
+OWN = "cifar10-16/resnet8"
 
 
 class Study:
@@ -89,22 +90,23 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def accuracy_table(study: Study) -> str:
+    published = any(column == study.column for column, _ in TABLE2)
     rows = []
     for result in study.results:
         job = next(job for job in study.jobs if job.method == result.name)
-        published = TABLE2.get((study.column, result.name))
         rows.append(
             [
                 result.label,
                 f"{job.learning_rate:g}",
                 f"{job.weight_decay:g}",
                 table2.cell(result),
-                *(["{:.2f} ± {:.2f}".format(*published)] if published else ["-"]),
+                *([table2.published(study.column, result.name)] if published else []),
                 report.mean_std(result.train_losses, 4),
             ]
         )
-    header = ("method", "rate", "decay", "test accuracy, % (seeds)", "paper", "last training loss")
-    return markdown(header, rows)
+    header = ["method", "rate", "decay", "test accuracy, % (seeds)"]
+    header += ["paper"] if published else []
+    return markdown([*header, "last training loss"], rows)
 
 
 def claims_table(study: Study) -> str:
@@ -203,21 +205,27 @@ def throughput_section(folder: Path = RESULTS) -> Iterator[str]:
         yield markdown(header, rows)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
-    "table2": table2_section,
-    "throughput": throughput_section,
+def own_section() -> Iterator[str]:
+    for study in studies(RESULTS / "table2"):
+        if study.column == OWN:
+            yield accuracy_table(study)
+
+
+PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
+    HERE / "README.md": {"table2": table2_section, "throughput": throughput_section},
+    HERE.parent / "README.md": {"column": own_section},
 }
 
 
-def render(text: str) -> str:
-    """`text` with the sections as the results have them now."""
-    for name, section in SECTIONS.items():
+def render(page: Path, text: str) -> str:
+    """`text` with the sections of `page` as the results have them now."""
+    for name, section in PAGES[page].items():
         begin, end = f"<!-- {name}: written by benchmarks.readme -->", f"<!-- end of {name} -->"
         body = "\n\n".join((begin, *section(), end))
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
         text, count = re.subn(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"error: {README}: {count} places for the section {name}, not one")
+            raise SystemExit(f"error: {page}: {count} places for the section {name}, not one")
     return text
 
 
@@ -225,8 +233,9 @@ def main() -> int:
     for study in studies(RESULTS / "table2"):
         if study.results:
             figures.training_loss_twice(study.results, study.column, study.figure)
-    README.write_text(render(README.read_text("utf-8")), encoding="utf-8")
-    print(f"written: {README.relative_to(HERE.parent)}")
+    for page in PAGES:
+        page.write_text(render(page, page.read_text("utf-8")), encoding="utf-8")
+        print(f"written: {page.relative_to(HERE.parent)}")
     return 0
 
 

@@ -192,7 +192,7 @@ def table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
         cells = []
         for column, rows in columns.items():
             ours = next((row for row in rows if row.name == method), None)
-            cells += [cell(ours), _published(column, method)]
+            cells += [cell(ours), published(column, method)]
         made.add_row(METHODS[method].label, *cells)
     return made
 
@@ -210,7 +210,7 @@ def cell(result: report.Result | None) -> str:
     return f"{text}, {lost} diverged" if lost else text
 
 
-def _published(column: str, method: str) -> str:
+def published(column: str, method: str) -> str:
     return "{:.2f} ± {:.2f}".format(*found) if (found := TABLE2.get((column, method))) else "-"
 
 

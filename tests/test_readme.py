@@ -24,6 +24,7 @@ def test_python_blocks_run():
     assert names["union"](one, other) == {"a": so.Sphere(), "b": so.Sphere(()), "c": None}
 
 
-def test_the_benchmarks_page_is_what_the_results_say():
-    text = readme.README.read_text("utf-8")
-    assert readme.render(text) == text, "run: python -m benchmarks.readme"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.parent.name)
+def test_the_numbers_are_those_of_the_results(page):
+    text = page.read_text("utf-8")
+    assert readme.render(page, text) == text, "run: python -m benchmarks.readme"
