@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import claims, figures, protocol, report, table2
+from benchmarks import claims, figures, protocol, report, table2, throughput
 from benchmarks.loop import Run
 from benchmarks.methods import METHODS
 from benchmarks.published import TABLE2
@@ -37,8 +37,9 @@ class Study:
         args = SimpleNamespace(
             methods=[name for name in protocol.METHODS if any(job.method == name for job in jobs)],
             seeds=1 + max((job.seed for job in jobs if job.seed != protocol.GRID_SEED), default=-1),
-            **{name: getattr(any_job, name) for name in ("epochs", "batch_size", "dtype")},
-            images=any_job.images,
+            **{
+                name: getattr(any_job, name) for name in ("epochs", "batch_size", "images", "dtype")
+            },
             grid=any(job.seed == protocol.GRID_SEED for job in jobs),
         )
         if args.grid:  # of what the grid has
@@ -186,23 +187,11 @@ def throughput_section(folder: Path = RESULTS) -> Iterator[str]:
     for path in sorted(folder.glob("throughput_*.json")):
         content = json.loads(path.read_text("utf-8"))
         recipe, ways = content["recipe"], content["ways"]
-        rows = [
-            [
-                way["dtype"],
-                str(way["seeds"]),
-                str(way["processes"]),
-                f"{way['images_per_second']:,.0f}",
-                f"{way['images_per_second'] / ways[0]['images_per_second']:.2f}",
-                f"{100 * way['fraction_of_peak']:.0f} %",
-            ]
-            for way in ways
-        ]
         yield (
             f"{recipe['model']}, images of {recipe['dataset']}'s shape, batches of "
             f"{recipe['batch_size']}; device: {ways[0]['device']}:"
         )
-        header = ("dtype", "seeds by vmap", "processes", "images/s", "ratio", "of the peak")
-        yield markdown(header, rows)
+        yield markdown(throughput.HEADER, throughput.cells(ways))
 
 
 def own_section() -> Iterator[str]:

@@ -36,6 +36,7 @@ from benchmarks.train import DTYPES, Parser, at_least
 
 CPU_MATRIX, MATRIX = 2048, 8192  # rows, for the peak
 TRIES = 5
+HEADER = ("dtype", "seeds, vmap", "processes", "images/s", "ratio", "of the peak")
 
 
 class Way(NamedTuple):
@@ -187,20 +188,27 @@ def measure(args: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    found = Table(title=title, title_justify="left")
-    found.add_column("dtype", no_wrap=True)
-    for column in ("seeds, vmap", "processes", "images/s", "ratio", "of the peak"):
-        found.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        found.add_row(
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What a table says, a line per way, under `HEADER`."""
+    return [
+        [
             row["dtype"],
             str(row["seeds"]),
             str(row["processes"]),
             f"{row['images_per_second']:,.0f}",
             f"{row['images_per_second'] / rows[0]['images_per_second']:.2f}",
             f"{100 * row['fraction_of_peak']:.1f} %",
-        )
+        ]
+        for row in rows
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    found = Table(title=title, title_justify="left")
+    for column in HEADER:
+        found.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=True)
+    for line in cells(rows):
+        found.add_row(*line)
     return found
 
 
