@@ -154,6 +154,11 @@ def hyperparameters(dataset: str, model: str, optimizer: str) -> Hyperparameters
     return Hyperparameters(LEARNING_RATES[optimizer], b2, weight_decay)
 
 
+def full_rate_epochs(epochs: int) -> int:
+    """How many pass before the first milestone."""
+    return max(epochs * MILESTONES[0] // EPOCHS, 1)
+
+
 def step_schedule(learning_rate: float, total_steps: int) -> optax.Schedule:
     """x 0.1 at epochs 135, 225 and 315 of 405, scaled to `total_steps`."""
     # Rounded up: never before the first step.

@@ -1,4 +1,7 @@
-"""Table 2 as published: test accuracy in per cent, mean and standard deviation over 5 seeds."""
+"""Table 2 as published: accuracy in per cent, mean and standard deviation over 5 seeds.
+
+On the test images; for SVHN, says the paper's caption, on the validation images.
+"""
 
 _COLUMNS = (
     "cifar10/resnet20",

@@ -166,13 +166,18 @@ def table2_section(folder: Path = RESULTS / "table2") -> Iterator[str]:
         yield cost(study)
         if study.results:
             yield accuracy_table(study)
-            yield verdict(study.results).replace("\n", " ")
+            yield (
+                "± is the standard deviation over the seeds (n - 1). "
+                + verdict(study.results).replace("\n", " ")
+            )
             yield f"![Training loss of the methods]({study.figure.relative_to(HERE).as_posix()})"
             yield (
-                "What the paper says (Section 4.2), and the same differences here, seed by seed, each "
-                "with its 95 % interval over the seeds (not corrected for their number). Of the "
-                "training loss: the ratio of the geometric means over all epochs, which is how fast "
-                "the methods are."
+                "What the paper says (Section 4.2), and the same differences here, seed by seed, with "
+                "95 % intervals over the seeds (not corrected for their number). A claim about "
+                "several methods is shown for the one that supports it least. Of the training loss: "
+                "the ratio of the geometric means, over the epochs before the rate drops for the "
+                "first time, which is how fast the methods are, and over all, where the levels after "
+                "the drops weigh in."
             )
             yield claims_table(study)
         if study.grid:

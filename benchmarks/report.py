@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -99,6 +100,10 @@ def outcome(run: Run) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
+        # With another number of them XLA on a CPU sums in another order.
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }

@@ -73,6 +73,7 @@ class Store:
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say = folder, say
+        self.data: dict[str, str] = {}  # column -> fingerprint of the data at hand
 
     def holds(self, job: Job) -> bool:
         """Whether there is a result, readable or not."""
@@ -94,13 +95,21 @@ class Store:
                     f"{path}: no result of a run ({_line(error)}); now {aside.name}, runs again"
                 )
                 return None
+        self.check_data(path, job, found)
         return found
+
+    def check_data(self, path: Path, job: Job, found: dict[str, Any]) -> None:
+        """A name does not say which images: no table may mix what other data gave."""
+        here = self.data.get(job.column)
+        if here and (found.get("data") or here) != here:
+            raise SweepError(f"{path}: made with other data; give its --data-dir, or another --out")
 
     def write(self, job: Job, run: Run, wall_seconds: float, devices: int) -> None:
         if jax.process_index():
             return
         content = {
             "recipe": job._asdict(),
+            "data": self.data.get(job.column),
             "run": asdict(run),
             "outcome": report.outcome(run),
             "wall_seconds": wall_seconds,
@@ -141,7 +150,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             manager = ocp.CheckpointManager(folder.absolute(), options=options)
         with manager:
-            yield Checkpoints(manager, folder, self.say)
+            yield Checkpoints(manager, folder, self, job)
         if not jax.process_index():
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -149,11 +158,15 @@ class Store:
 class Checkpoints:
     """The last states of one run."""
 
-    def __init__(self, manager: ocp.CheckpointManager, folder: Path, say: Callable[[str], None]):
-        self._manager, self._folder, self._say = manager, folder, say
+    def __init__(self, manager: ocp.CheckpointManager, folder: Path, store: Store, job: Job):
+        self._manager, self._folder, self._store, self._job = manager, folder, store, job
 
     def save(self, run: Run, state: State, wall_seconds: float) -> None:
-        about = {"run": asdict(run), "wall_seconds": wall_seconds}
+        about = {
+            "run": asdict(run),
+            "wall_seconds": wall_seconds,
+            "data": self._store.data.get(self._job.column),
+        }
         with _one_line(self._folder):
             self._manager.save(
                 len(run.train_loss),
@@ -171,11 +184,12 @@ class Checkpoints:
                 found: Any = self._manager.restore(epoch, args=args)
                 run = Run(**found.about["run"])
             except Exception as error:  # Orbax and its readers share no narrower class
-                self._say(
+                self._store.say(
                     f"{self._folder}: checkpoint of epoch {epoch} is corrupt ({_line(error)})"
                 )
                 self._manager.delete(epoch)
                 continue
+            self._store.check_data(self._folder, self._job, found.about)
             return run, State(*found.state), found.about["wall_seconds"]
         return None
 

@@ -7,6 +7,7 @@ interrupted, and prints the table. Several processes or machines may share OUT.
 """
 
 import functools
+import logging
 import os
 import statistics
 import sys
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures, protocol, report
-from benchmarks.data import DataError, Dataset, Split, load
+from benchmarks.data import DataError, Dataset, Split, fingerprint, load
 from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS
 from benchmarks.models import ImageSizeError
@@ -235,11 +236,12 @@ def leave(status: int, message: str) -> NoReturn:
     raise SystemExit(status)
 
 
-def check(column: str, args: Any) -> None:
-    """Raises DataError for what training would find out later."""
+def check(column: str, args: Any) -> str:
+    """The fingerprint of the data; raises DataError for what training would find out later."""
     about = protocol.COLUMNS[column]
     data = training_data(about.dataset, args.data_dir, args.images or about.images)
     steps_per_epoch(data, args.batch_size)
+    return fingerprint(data)
 
 
 def check_devices(parser: Parser, args: Any) -> None:
@@ -263,6 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.distributed is not None:
         join(parser, args.distributed)
     check_devices(parser, args)
+    if args.seeds > protocol.GRID_SEED:
+        parser.error(f"--seeds {args.seeds}: at most {protocol.GRID_SEED}, the seed of the grid")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # what Orbax warns of is said in one line
     console, messages = Console(), Console(stderr=True)
     store = Store(args.out, lambda line: messages.print(line, highlight=False, soft_wrap=True))
     sweep = Sweep(args, store, messages)
@@ -271,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             follow(store, sweep.trainer, args.save_every)
             return 0
         for column in args.columns:  # all of them, before hours of training
-            check(column, args)
+            store.data[column] = check(column, args)
         if args.grid:
             # All of it: what the table trains depends on it.
             grid_jobs = [job for column in args.columns for job in sweep.grid_jobs(column)]
@@ -293,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console.print(f"Learning rates and weight decays {source}")
     console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")
+    if any("svhn" in column for column in args.columns):
+        console.print("(the paper's SVHN: validation accuracy)")
     console.print(table(found))
     unfinished = sum(store.result(job) is None for of in jobs.values() for job in of)
     if unfinished:
