@@ -10,9 +10,11 @@ from importlib.metadata import version
 
 from spherical_optax import analysis, geometry
 from spherical_optax._adamg_star import adamg_star
+from spherical_optax._adamp import adamp, sgdp
 from spherical_optax._check import check_spheres
 from spherical_optax._constraints import normalize, project, retract
 from spherical_optax._discovery import find_spheres, survey_spheres
+from spherical_optax._hyperball import adamh, hyperball, muonh
 from spherical_optax._momentum import ema, trace
 from spherical_optax._optimizers import (
     VARIANTS,
@@ -36,6 +38,8 @@ __all__ = [
     "adam",
     "adamg",
     "adamg_star",
+    "adamh",
+    "adamp",
     "adams",
     "adamsrt",
     "adamst",
@@ -44,6 +48,8 @@ __all__ = [
     "ema",
     "find_spheres",
     "geometry",
+    "hyperball",
+    "muonh",
     "normalize",
     "project",
     "quotient",
@@ -51,6 +57,7 @@ __all__ = [
     "rms",
     "sgd",
     "sgd_mrt",
+    "sgdp",
     "spheres_where",
     "survey_spheres",
     "trace",

@@ -30,14 +30,14 @@ class Leaf:
             return x
         axis, blocks = self.axes[-1], self.counts[-1]
         split = (*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
-        return jnp.sum(_replicated(x).reshape(split), axis=axis + 1)
+        return jnp.sum(replicated(x).reshape(split), axis=axis + 1)
 
     def spread(self, x: jax.Array) -> jax.Array:
         """Makes what has one entry per group broadcast against the array."""
         if not self.axes or x.shape[self.axes[-1]] == self.shape[self.axes[-1]]:
             return x
         axis = self.axes[-1]
-        return jnp.repeat(_replicated(x), self.shape[axis] // x.shape[axis], axis=axis)
+        return jnp.repeat(replicated(x), self.shape[axis] // x.shape[axis], axis=axis)
 
     def listed(self, x: jax.Array) -> jax.Array:
         """From the keepdims shape to `counts`, which tied leaves have in common."""
@@ -50,10 +50,19 @@ class Leaf:
         )
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-    """Group-sized arrays are small: where shardings are explicit, cutting blocks replicates them."""
+def replicated(x: jax.Array) -> jax.Array:
+    """Where shardings are explicit, what is cut or reshaped has to be whole on every device."""
+    return jax.reshard(x, PartitionSpec()) if _explicit(x) else x
+
+
+def resharded(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The way back from `replicated`."""
+    return jax.reshard(x, jax.typeof(like).sharding) if _explicit(like) else x
+
+
+def _explicit(x: jax.Array) -> bool:
     mesh = jax.typeof(x).sharding.mesh
-    return x if mesh.empty or not mesh.explicit_axes else jax.reshard(x, PartitionSpec())
+    return not mesh.empty and bool(mesh.explicit_axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ def ema(
     rescale: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     debias: bool = True,
+    nesterov: bool = False,
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Exponential moving average that follows its spheres.
@@ -63,6 +64,7 @@ def ema(
       weight_decay: lambda of the L2 term, a number or a schedule; needs `params`. The same as
         `optax.add_decayed_weights` before, but g + lambda x never takes memory.
       debias: divide by 1 - decay^{k+1}.
+      nesterov: decay m_k + (1 - decay) (g_k + lambda x_k) comes out in place of m_k.
       accumulator_dtype: dtype of the average; None takes the parameters'.
 
     Returns:
@@ -92,7 +94,8 @@ def ema(
         l2 = l2_now(weight_decay, state.count)
         mu, kept = momentum.update(updates, state.ema, state.kept, params, l2)
         count = optax.safe_increment(state.count)
-        out = output(updates, mu)
+        out = momentum.ahead(updates, mu, params, l2) if nesterov else mu
+        out = output(updates, out)
         out = unbias(out, decay, count) if debias else out
         return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
 
@@ -105,6 +108,7 @@ def trace(
     *,
     transport: bool = False,
     rescale: bool = False,
+    nesterov: bool = False,
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sum of past updates that follows its spheres: heavy-ball momentum.
@@ -117,6 +121,7 @@ def trace(
       spheres: how the leaves split into groups; used only by `transport` and `rescale`.
       transport: move the sum to the tangent space of the present point; needs `params`.
       rescale: multiply it by the ratio of the radii; needs `params`.
+      nesterov: g_k + decay m_k comes out in place of m_k.
       accumulator_dtype: dtype of the sum; None takes the parameters'.
 
     Returns:
@@ -145,7 +150,8 @@ def trace(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         sums, kept = momentum.update(updates, state.trace, state.kept, params)
-        out = cast_like(output(updates, sums), params)
+        out = momentum.ahead(updates, sums) if nesterov else sums
+        out = cast_like(output(updates, out), params)
         return out, TraceState(cast_like(sums, state.trace), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -185,6 +191,10 @@ class _Momentum:
             kept = radius
         kept = None if self.transport == self.rescale else groups.stored(kept)
         return mix(decayed(updates, params, l2), moment, self.decay, self.gain), kept
+
+    def ahead(self, updates: Any, moment: Any, params: Any = None, l2: Any = None) -> Any:
+        """Nesterov's momentum: what `moment` would be after the same update once more."""
+        return mix(decayed(updates, params, l2), moment, self.decay, self.gain)
 
     def _isometry(self, moment: Any, before: Any, coming: Any, params: Any, groups: Groups) -> Any:
         """What gives the projection of m the length of its tangential part at the last point.

@@ -18,14 +18,34 @@ class Row:
     make: Callable[..., Any]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     unit_radius: bool = False  # retracts to the unit sphere
+    keeps_radius: bool = False  # retracts to whatever radius there is
+    elementwise: bool = False  # divides element-wise on the spheres too
     has_mu: bool = True  # keeps a momentum, of dtype mu_dtype
+    couples: bool = False  # the steps of a group depend on other groups of its array
 
     def __call__(self, learning_rate=0.01, spheres=None, **kwargs):
         return self.make(learning_rate, spheres, **self.kwargs, **kwargs)
 
 
+def _adamp_guess(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
+    del spheres
+    return so.adamp(learning_rate, weight_decay=weight_decay, mu_dtype=mu_dtype)
+
+
+def _sgdp_guess(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
+    del spheres
+    return so.sgdp(learning_rate, weight_decay=weight_decay, mu_dtype=mu_dtype)
+
+
+def _transported(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
+    inner = so.ema(
+        0.9, spheres, transport=True, weight_decay=weight_decay, accumulator_dtype=mu_dtype
+    )
+    return so.hyperball(inner, learning_rate, spheres, "initial")
+
+
 TABLE = {
-    "adam": Row(so.adam),
+    "adam": Row(so.adam, elementwise=True),
     "adams": Row(so.adams),
     "adamst": Row(so.adamst),
     "adamsrt": Row(so.adamsrt),
@@ -34,6 +54,13 @@ TABLE = {
     "sgd": Row(so.sgd, has_mu=False),
     "sgd_momentum": Row(so.sgd, {"momentum": 0.9}),
     "sgd_mrt": Row(so.sgd_mrt),
+    "adamp": Row(so.adamp, elementwise=True),
+    "adamp_guess": Row(_adamp_guess, elementwise=True, couples=True),
+    "sgdp": Row(so.sgdp),
+    "sgdp_guess": Row(_sgdp_guess, couples=True),
+    "adamh": Row(so.adamh, elementwise=True, keeps_radius=True),
+    "muonh": Row(so.muonh, keeps_radius=True, couples=True),
+    "hyperball": Row(_transported, keeps_radius=True),
 }
 
 SHAPES = {

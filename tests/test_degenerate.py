@@ -124,7 +124,7 @@ def test_never_nan(name, dtype, data):
 
 
 @pytest.mark.parametrize("radius", [1e-15, 1e-8, 1.0, 1e8, 1e15])
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.couples])
 def test_nothing_moves_without_a_gradient(name, radius):
     """No gradient, no momentum, no weight decay: not a bit changes, whatever the others do."""
     params = jax.tree.map(lambda x: radius * x, random_tree(0, SHAPES))

@@ -18,7 +18,8 @@ PARAMS = {
 }
 
 
-NO_SPHERES = ("adam", "sgd", "sgd_momentum")  # may ignore what they do not need
+# They may ignore what they do not need.
+NO_SPHERES = ("adam", "sgd", "sgd_momentum", "adamp_guess", "sgdp_guess")
 
 
 def _params():

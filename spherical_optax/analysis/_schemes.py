@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _adamg_star, _constraints, _momentum, _quotient
+from spherical_optax import _adamg_star, _adamp, _constraints, _momentum, _quotient
 from spherical_optax._groups import Groups, Leaf, accurate
 from spherical_optax._spheres import Path, named_leaves
 
@@ -42,6 +42,7 @@ _NEUTRAL: dict[type, tuple[str, ...]] = {
     optax.schedules.InjectHyperparamsState: (),
     optax.schedules.InjectStatefulHyperparamsState: (),
     _adamg_star.MirroredRadiusState: ("radius_squared",),
+    _adamp.TangentialState: (),
     _constraints.RetractState: ("kept",),
     _quotient.QuotientState: (),
     _quotient.RmsState: ("kept",),

@@ -158,8 +158,11 @@ class TestEffectiveRate:
             grads = random_tree(seed, dtype=jnp.float64)
             updates, state = update(grads, state, params)
             before, params = params, optax.apply_updates(params, updates)
-        if name == "adam":
-            return  # element-wise b: see test_adam_with_l2
+        if name == "muonh":  # a step that is no a / b
+            assert not jax.tree.leaves(state.effective_lr)
+            return
+        if TABLE[name].elementwise:
+            return  # see test_adam_with_l2
         # Whatever is in the state is a, up to the 1 - b1 of an average.
         inner = [
             node

@@ -55,12 +55,24 @@ SIGNATURES = {
         {"weight_decay": 0.0, "mu_dtype": None},
     ),
     "adamg_star": ({"learning_rate": REQUIRED, "spheres": REQUIRED}, {"weight_decay": 0.0}),
+    "sgdp": (
+        {"learning_rate": REQUIRED, "spheres": None, "momentum": 0.9},
+        {"weight_decay": 0.0, "delta": 0.1, "wd_ratio": 0.1, "nesterov": False, "mu_dtype": None},
+    ),
+    "hyperball": (
+        {"inner": REQUIRED, "learning_rate": REQUIRED, "spheres": REQUIRED, "radius": "current"},
+        {},
+    ),
+    "muonh": (
+        {"learning_rate": REQUIRED, "spheres": REQUIRED, "beta": 0.95},
+        {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "radius": "initial", "weight_decay": 0.0},
+    ),
 }
-for _name in ("adam", "adams", "adamst", "adamsrt", "adamg"):
+for _name in ("adam", "adams", "adamst", "adamsrt", "adamg", "adamp", "adamh"):
     SIGNATURES[_name] = (
         {
             "learning_rate": REQUIRED,
-            "spheres": None if _name == "adam" else REQUIRED,
+            "spheres": None if _name in ("adam", "adamp") else REQUIRED,
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,

@@ -26,7 +26,7 @@ def _run(tx, params, steps=3):
 
 
 def _assert_equal(actual, expected):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), actual, expected)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-6, 1e-6), actual, expected)
 
 
 def _spheres_only(tree):

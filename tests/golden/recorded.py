@@ -72,6 +72,18 @@ def _rayleigh(matrices, kernel, xp):
     return (grads.T if count > 1 else grads).reshape(kernel.shape)
 
 
+def _tangent(g, x, step, xp):
+    """Without the part along x: per filter, of the whole array, and with it, by turns."""
+    if x.ndim < 2:
+        return g
+    radial = []
+    for axes in (tuple(range(x.ndim - 1)), None):
+        inner, square = (xp.sum(y * x, axis=axes, keepdims=True) for y in (g, x))
+        radial.append(inner / square * x)
+    turn = (step + 1) % 3
+    return g - xp.where(turn == 1, radial[0], xp.where(turn == 2, radial[1], 0.0))
+
+
 def gradient(problem, xp=jnp):
     """(step, params) -> gradients of the problem, in jax.numpy or numpy."""
     kind = CATALOGUE["problems"][problem]["kind"]
@@ -87,4 +99,8 @@ def gradient(problem, xp=jnp):
             for leaf, x in params.items()
         }
 
-    return {"stream": stream, "rayleigh": rayleigh}[kind]
+    def tangent(step, params):
+        grads = stream(step, params)
+        return {leaf: _tangent(g, params[leaf], step, xp) for leaf, g in grads.items()}
+
+    return {"stream": stream, "tangent": tangent, "rayleigh": rayleigh}[kind]

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-ADAM_KINDS = ("adam", "adams", "adamst", "adamsrt", "adamg")
-SGD_KINDS = ("sgd", "sgd_mrt", "adamg_star")
+ADAM_KINDS = ("adam", "adams", "adamst", "adamsrt", "adamg", "adamp", "adamh", "hyperball")
+SGD_KINDS = ("sgd", "sgd_mrt", "adamg_star", "sgdp")
+DECOUPLED = ("adamp", "sgdp", "adamh")  # whose weight decay is not in the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Hyper:
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.9
+    wd_ratio: float = 0.1
 
 
 def labels(shape, index_axes, blocks=None):
@@ -87,13 +89,19 @@ def scatter(tree, group, vector):
 
 
 def _element_step(kind, x, g, state, k, h):
-    """Plain Adam or SGD with momentum, L2 inside the gradient."""
+    """Plain Adam or SGD with momentum, L2 inside the gradient or weight decay outside."""
+    if kind in DECOUPLED:
+        decay = h.lr(k) * h.l2(k) / (1 - h.momentum if kind == "sgdp" else 1)
+        plain = dataclasses.replace(h, l2=lambda step: 0.0)
+        return _element_step("sgd" if kind == "sgdp" else "adam", x, g, state, k, plain) - decay * x
     g = g + h.l2(k) * x
     if kind in SGD_KINDS:
         momentum = 0.0 if kind == "adamg_star" else h.momentum
         state["m"] = momentum * state.get("m", 0.0) + g
         return x - h.lr(k) * state["m"]
     state["m"] = h.b1 * state.get("m", 0.0) + (1 - h.b1) * g
+    if kind == "hyperball":  # of the momentum alone
+        return x - h.lr(k) * state["m"] / (1 - h.b1 ** (k + 1))
     state["v"] = h.b2 * state.get("v", 0.0) + (1 - h.b2) * g**2
     mhat = state["m"] / (1 - h.b1 ** (k + 1))
     vhat = state["v"] / (1 - h.b2 ** (k + 1))
@@ -113,12 +121,42 @@ def _star_step(x, g, state, k, h):
     return y / np.linalg.norm(y)
 
 
+def _tangential_step(kind, x, g, state, k, h):
+    """AdamP and SGDP where the sphere is known."""
+    u = x / np.linalg.norm(x)
+    if kind == "sgdp":
+        p = h.momentum * state.get("m", 0.0) + g
+        p = state["m"] = p - (p @ u) * u
+        return x - h.lr(k) * (p + h.wd_ratio * h.l2(k) / (1 - h.momentum) * x)
+    no_decay = dataclasses.replace(h, l2=lambda step: 0.0, lr=lambda step: 1.0)
+    p = x - _element_step("adam", x, g, state, k, no_decay)
+    return x - h.lr(k) * (p - (p @ u) * u + h.wd_ratio * h.l2(k) * x)
+
+
+def _hyperball_step(kind, x, g, state, k, h):
+    """AdamH, and the hyperball of transported momentum, at the radius of the start."""
+    r = np.linalg.norm(x)
+    if kind == "adamh":
+        no_decay = dataclasses.replace(h, l2=lambda step: 0.0, lr=lambda step: 1.0)
+        q = x - _element_step("adam", x, g, state, k, no_decay)
+    else:
+        m = transport(state["u"], x / r, state["m"]) if k > 0 else np.zeros_like(x)
+        q = state["m"] = h.b1 * m + (1 - h.b1) * (g + h.l2(k) * x)
+        state["u"] = x / r
+    y = x - h.lr(k) * r * q / (np.linalg.norm(q) or 1.0)
+    return r * y / np.linalg.norm(y)
+
+
 def _sphere_step(kind, x, g, state, k, h):
     """Eqs. 18-20 and their relatives; transport drops the radial part of the momentum."""
     if kind in ("adam", "sgd"):
         return _element_step(kind, x, g, state, k, h)
     if kind == "adamg_star":
         return _star_step(x, g, state, k, h)
+    if kind in ("adamp", "sgdp"):
+        return _tangential_step(kind, x, g, state, k, h)
+    if kind in ("adamh", "hyperball"):
+        return _hyperball_step(kind, x, g, state, k, h)
     r = np.linalg.norm(x)
     m, v = state.get("m", np.zeros_like(x)), state.get("v", 0.0)
     if k > 0:

@@ -23,13 +23,13 @@ def scan(tx, params, gradient, steps):
 
 
 @functools.cache
-def _compiled(factory, problem, grouping, leaves, jit):
+def _compiled(factory, problem, grouping, leaves, jit, options):
     spheres = recorded.spheres(dict(grouping))
     gradient = recorded.gradient(problem)
 
     @functools.partial(jit, static_argnames="steps")
     def run(params, hyper, steps):
-        tx = factory({leaf: spheres[leaf] for leaf in leaves}, **hyper)
+        tx = factory({leaf: spheres[leaf] for leaf in leaves}, **hyper, **dict(options))
         return scan(tx, params, gradient, steps)
 
     return run
@@ -39,7 +39,7 @@ def case(factory, case, leaves=None, jit=jax.jit, **changes):
     """Replays a recorded case.
 
     The hyper-parameters are arguments of the compiled function: one compilation serves all cases of
-    an optimizer, and no optimizer may look at their values.
+    an optimizer, and no optimizer may look at their values. Switches are not.
 
     Args:
       factory: (spheres, **hyper) -> GradientTransformation; the same object for the same optimizer.
@@ -50,10 +50,11 @@ def case(factory, case, leaves=None, jit=jax.jit, **changes):
     """
     leaves = tuple(leaves or case["grouping"])
     hyper = {**case["hyper"], **changes}
+    options = tuple((name, hyper.pop(name)) for name in ("nesterov",) if name in hyper)
     if "betas" in hyper:
         hyper["b1"], hyper["b2"] = hyper.pop("betas")
     start = recorded.start(case["problem"])
-    run = _compiled(factory, case["problem"], tuple(case["grouping"].items()), leaves, jit)
+    run = _compiled(factory, case["problem"], tuple(case["grouping"].items()), leaves, jit, options)
     steps = case["kept_steps"][-1]
     path = run({leaf: jnp.asarray(start[leaf]) for leaf in leaves}, hyper, steps)
     return {leaf: xs[jnp.asarray(case["kept_steps"])] for leaf, xs in path.items()}

@@ -10,6 +10,7 @@ import pytest
 import spherical_optax as so
 
 from ..compiling import quick_jit
+from ..optimizers import TABLE
 from . import reference, replay
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -65,6 +66,10 @@ OPTIMIZERS = {
     "sgd": lambda *a, weight_decay: so.sgd(*a, momentum=0.9, weight_decay=weight_decay),
     "sgd_mrt": lambda *a, weight_decay: so.sgd_mrt(*a, weight_decay=weight_decay),
     "adamg_star": lambda *a, weight_decay: so.adamg_star(*a, weight_decay=weight_decay),
+    "adamp": lambda *a, weight_decay: so.adamp(*a, weight_decay=weight_decay),
+    "sgdp": lambda *a, weight_decay: so.sgdp(*a, weight_decay=weight_decay),
+    "adamh": lambda *a, weight_decay: so.adamh(*a, weight_decay=weight_decay),
+    "hyperball": lambda *a, weight_decay: TABLE["hyperball"](*a, weight_decay=weight_decay),
 }
 assert set(OPTIMIZERS) == {*reference.ADAM_KINDS, *reference.SGD_KINDS}
 

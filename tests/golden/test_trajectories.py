@@ -38,6 +38,16 @@ def _sgd_mrt(spheres, lr, momentum, weight_decay):
     return so.sgd_mrt(lr, spheres, momentum, weight_decay=weight_decay)
 
 
+def _adamp(spheres, lr, b1, b2, eps, **options):
+    del spheres  # guessed, as in the recordings
+    return so.adamp(lr, None, b1, b2, eps, **options)
+
+
+def _sgdp(spheres, lr, momentum, dampening, **options):
+    del spheres, dampening  # which is 0
+    return so.sgdp(lr, None, momentum, **options)
+
+
 def _adamg_star(spheres, lr, weight_decay):
     return so.adamg_star(lr, spheres, weight_decay=weight_decay)
 
@@ -52,6 +62,8 @@ EXACT = {
     "sgd": _sgd,
     "sgdmrt": _sgd_mrt,
     "adamg_star": _adamg_star,
+    "adamp": _adamp,
+    "sgdp": _sgdp,
     "paper_a": ADAMS,
     "paper_ab": ADAMST,
     "paper_abc": ADAMSRT,
