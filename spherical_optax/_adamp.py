@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import cast_like, given, l2_now, scalar
+from spherical_optax._arithmetic import cast_like, given, l2_now, output, scalar
 from spherical_optax._momentum import ema, trace
 from spherical_optax._quotient import quotient, rms
 from spherical_optax._spheres import Sphere, Spheres, match
@@ -36,15 +36,15 @@ def adamp(
 
     Without `spheres` they are guessed at every step as in the paper: every array of two axes or more
     is tested, first with its output channels (the last axis) as groups, then as one group, and counts
-    as invariant if |cos(grad, x)| < delta / sqrt(d) in all of them, d coordinates each. Gradients of
-    noise pass this test too. With `spheres`, from `find_spheres` or declared, nothing is guessed.
+    as invariant if |cos(grad, x)| < delta / sqrt(d) in all of them, d coordinates each. One in twelve
+    arrays with gradients of noise passes. With `spheres`, found or declared, nothing is guessed.
 
     Args:
       learning_rate: eta, a number or a schedule.
       spheres: how the leaves split into groups; None guesses. A tree of None has no spheres: AdamW.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added outside the root, and to the lengths in the guess.
+      eps: added outside the root; in the guess, the least length and what is added to ||x||.
       weight_decay: lambda, a number or a schedule; decoupled as in AdamW.
       delta: how small the cosine has to be.
       wd_ratio: factor of the weight decay on the spheres.
@@ -99,7 +99,7 @@ def sgdp(
       delta: how small the cosine has to be.
       wd_ratio: factor of the weight decay on the spheres.
       nesterov: p = grad + momentum m in place of m.
-      eps: added to the lengths in the guess.
+      eps: in the guess, the least length and what is added to ||x||.
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:
@@ -164,6 +164,8 @@ def _tangential(
         params = given(params)
         inner: Any
         steps, inner = direction.update(updates, state.direction, params, **extra_args)
+        if into_trace:
+            steps = output(updates, inner.trace)  # in its own dtype
         if spheres is None:
             steps, ratio = _guessed(updates, steps, params, wd_ratio, delta, eps)
         else:
@@ -171,7 +173,8 @@ def _tangential(
             steps = geometry.project(params, steps, groups)
             ratio = jax.tree.map(lambda off: 1.0 if off else wd_ratio, groups.off())
         if into_trace:
-            inner = inner._replace(trace=cast_like(steps, inner.trace))
+            inner = inner._replace(trace=_or_else(steps, inner.trace))
+        steps = cast_like(steps, params)
         decay = l2_now(weight_decay, state.count)
         if decay is not None:
             steps = jax.tree.map(
@@ -182,7 +185,7 @@ def _tangential(
                 is_leaf=lambda x: x is None,
             )
         count = optax.safe_increment(state.count)
-        return cast_like(steps, params), TangentialState(count, inner)
+        return steps, TangentialState(count, inner)
 
     return Transformation(init, update)
 
@@ -233,7 +236,15 @@ def _total(sums: jax.Array) -> jax.Array:
     return jnp.sum(sums, keepdims=True)
 
 
+def _or_else(tree: Any, other: Any) -> Any:
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, tree, other, is_leaf=lambda x: x is None
+    )
+
+
 def _over(weight_decay: Scalar, by: Any) -> Scalar:
+    if type(weight_decay) in (int, float) and weight_decay == 0:
+        return 0.0
     if callable(weight_decay):
         return lambda count: weight_decay(count) / by
     return weight_decay / by

@@ -1,11 +1,14 @@
 """Transformations that keep updates, or the point after them, where the spheres are."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from spherical_optax import geometry
 from spherical_optax._arithmetic import cast_like, given
@@ -24,7 +27,7 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
       one coordinate and where the parameters are zero, updates stay.
 
     Raises:
-      ValueError: in `update`, if `spheres` does not fit or `params` is missing.
+      ValueError: if `spheres` does not fit; in `update`, if `params` is missing.
 
     >>> tx = so.project(so.Sphere())
     >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
@@ -41,7 +44,7 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         groups = match(spheres, updates).curved()
         return cast_like(geometry.project(given(params), updates, groups), params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(_checks(spheres), update)
 
 
 def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
@@ -57,7 +60,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
       one coordinate, and where the parameters or the updates are zero, updates stay.
 
     Raises:
-      ValueError: in `update`, if `spheres` does not fit or `params` is missing.
+      ValueError: if `spheres` does not fit; in `update`, if `params` is missing.
 
     >>> tx = so.normalize(so.Sphere())
     >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
@@ -79,7 +82,17 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         )
         return cast_like(geometry.scale(updates, factor, groups), params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(_checks(spheres), update)
+
+
+def _checks(spheres: Spheres) -> Callable[..., Any]:
+    """Nothing to keep, but what does not fit is said at once."""
+
+    def init(params):
+        match(spheres, params)
+        return optax.EmptyState()
+
+    return init
 
 
 class RetractState(NamedTuple):
@@ -105,7 +118,7 @@ def retract(
       coordinate, and where x, x + q or R is zero, updates stay.
 
     Raises:
-      ValueError: if `radius` is none of these, in `update` if `spheres` does not fit or `params` is
+      ValueError: if `radius` is none of these, if `spheres` does not fit; in `update`, if `params` is
         missing.
 
     >>> tx = optax.chain(optax.sgd(1.0), so.retract(so.Sphere(), 1.0))
@@ -117,18 +130,16 @@ def retract(
 
     Source: the second line of AdamG*, section 3.2 of the paper.
     """
-    named = radius in ("current", "initial") if isinstance(radius, str) else None
-    negative = isinstance(radius, int | float) and radius <= 0
-    if named is False or radius is None or callable(radius) or negative:
+    if not _is_radius(radius):
         raise ValueError(
             f"retract: radius is {radius!r}, not 'current', 'initial' or a positive number"
         )
     keep = isinstance(radius, str) and radius == "initial"
 
     def init(params):
+        groups = match(spheres, params).curved()
         if not keep:
             return optax.EmptyState()
-        groups = match(spheres, params).curved()
         return RetractState(groups.stored(geometry.norm(params, groups)))
 
     def update(updates, state, params=None, **extra_args):
@@ -152,6 +163,14 @@ def retract(
         return cast_like(step, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_radius(radius: Any) -> bool:
+    if isinstance(radius, str):
+        return radius in ("current", "initial")
+    if radius is None or isinstance(radius, bool) or callable(radius) or np.ndim(radius):
+        return False
+    return isinstance(radius, Tracer) or 0 < float(radius) < float("inf")
 
 
 def _against_rounding(target: Any, params: Any, groups: Groups) -> Any:

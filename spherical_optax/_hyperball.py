@@ -28,8 +28,8 @@ def hyperball(
 
     x <- R n(x - eta R n(q)),  n(x) = x / ||x|| per group and q the updates of `inner`
 
-    A tangential q turns every group by arctan(eta) in every step, whatever its gradient and radius.
-    Weight decay has nothing left to do there.
+    A tangential q turns every group by arctan(eta) in every step, whatever its gradient and radius, and
+    none turns it by more than arcsin(eta). Weight decay has nothing left to do there.
 
     Args:
       inner: what gives the direction, without a learning rate: `optax.scale_by_adam()`,
@@ -85,7 +85,7 @@ def adamh(
     x <- R n(x - eta R n(m / (sqrt(v) + eps))), with the debiased m and v of [8] and [9]
 
     Args:
-      learning_rate: eta, a number or a schedule: nearly the angle of a step, in radians.
+      learning_rate: eta, a number or a schedule; no step turns by more than arcsin(eta).
       spheres: how the leaves split into groups; the rest gets AdamW.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -126,12 +126,13 @@ def muonh(
 ) -> Transformation:
     """MuonH: `hyperball` with Muon's direction, the momentum made orthogonal as a matrix.
 
-    On spheres the last axis is the output of the matrix, the other summed axes its input, and the
-    remaining index axes tell the matrices of a stack apart. What is on no sphere, or has no input axis
-    (a bias tied to its kernel), takes Adam's direction.
+    On spheres the last axis is the output of the matrix, as in Flax, the other summed axes its input,
+    and the remaining index axes tell the matrices of a stack apart. What is on no sphere, or has no
+    input (a bias tied to its kernel), takes Adam's direction at the same learning rate. For another
+    layout or rate, compose `hyperball`, `optax.contrib.scale_by_muon` and `optax.partition`.
 
     Args:
-      learning_rate: eta, a number or a schedule: nearly the angle of a step, in radians.
+      learning_rate: eta, a number or a schedule; no step turns by more than arcsin(eta).
       spheres: how the leaves split into groups; the rest gets AdamW.
       beta: decay of Muon's momentum, which is Nesterov's.
       b1: decay of Adam's first moment.
@@ -154,13 +155,17 @@ def muonh(
     >>> so.geometry.norm(optax.apply_updates(params, updates), so.Sphere(()))
     {'kernel': Array([[1.732]], dtype=float32)}
 
-    Source: Wen et al. (2026), as in `hyperball`; Jordan et al., "Muon" (2024), by
-    `optax.contrib.scale_by_muon`.
+    Source: Wen et al. (2026), as in `hyperball`; Jordan et al., "Muon" (2024), whose Nesterov
+    momentum beta m + (1 - beta) grad this is. `optax.contrib.scale_by_muon`, which makes it orthogonal
+    here, has Dozat's.
     """
 
     def directions(tree):
+        """Also of a None, or masks made from updates would not fit the parameters."""
         return jax.tree.map(
-            lambda _, matrix: "muon" if matrix else "adam", tree, _matrices(spheres, tree)
+            lambda matrix: "muon" if matrix else "adam",
+            _matrices(spheres, tree),
+            is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
         )
 
     muon = optax.chain(
@@ -211,7 +216,9 @@ def _matrices(spheres: Spheres, tree: Any) -> Any:
             return None
         output = len(leaf.shape) - 1
         inputs = tuple(axis for axis in leaf.summed if axis != output)
-        return MuonDimensionNumbers(inputs, output) if inputs else None
+        longer = any(leaf.shape[axis] > 1 for axis in inputs)
+        return MuonDimensionNumbers(inputs, output) if longer else None
 
-    groups = match(spheres, tree).curved()
+    # Not `curved`, which depends on ties, and thus on what a mask has left of the tree.
+    groups = match(spheres, tree)
     return jax.tree.unflatten(groups.treedef, [matrix(leaf) for leaf in groups.leaves])

@@ -156,3 +156,31 @@ class TestNesterov:
             m = 0.9 * m + 0.1 * (g + 0.5 * x)
             expected = (0.9 * m + 0.1 * (g + 0.5 * x)) / (1 - 0.9**k)
             np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+class TestMomentumOfSgdp:
+    """What is stored is projected, and else what a momentum without projection would be."""
+
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_precision(self, nesterov):
+        """A sum in float32 of bfloat16 gradients does not stall."""
+        x, g = {"b": jnp.ones(1, jnp.bfloat16)}, {"b": jnp.ones(1, jnp.bfloat16)}
+        tx = so.sgdp(1.0, {"b": None}, 0.999, nesterov=nesterov, mu_dtype=jnp.float32)
+        state = jax.lax.fori_loop(0, 3000, lambda _, s: tx.update(g, s, x)[1], tx.init(x))
+        expected = (1 - 0.999**3000) / (1 - 0.999)
+        np.testing.assert_allclose(optax.tree.get(state, "trace")["b"], expected, rtol=1e-3)
+
+    @pytest.mark.parametrize("spheres", [None, {"k": FILTERS, "b": None}])
+    def test_no_update_no_change(self, spheres):
+        tx = so.sgdp(1.0, spheres)
+        x = {"k": _normal(0, 4, 3), "b": _normal(1, 3)}
+        _, state = tx.update(x, tx.init(x), x)
+        updates, after = tx.update({"k": x["k"], "b": None}, state, x)
+        assert updates["b"] is None
+        before, now = (optax.tree.get(s, "trace")["b"] for s in (state, after))
+        np.testing.assert_array_equal(now, before)
+
+    def test_no_weight_decay_needs_no_division(self):
+        x = {"b": jnp.ones(2)}
+        tx = so.sgdp(0.5, {"b": None}, 1.0)
+        np.testing.assert_array_equal(_first(tx, x, x)["b"], -0.5 * x["b"])

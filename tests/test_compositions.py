@@ -27,7 +27,7 @@ SAME = {
     "AdamH": (so.adamh(1e-2, LAYERS), None),
     "Fromage, for tangential gradients": (optax.fromage(1e-2), None),
     "LAMB": (optax.lamb(1e-3), 1e-3),
-    "LARS": (optax.lars(0.1), 0.1),
+    "LARS, where every array is in `layers` and not zero": (optax.lars(0.1), 0.1),
 }
 
 

@@ -74,7 +74,8 @@ def test_radius():
         updates, _ = tx.update(_normal(1, 6, 3, dtype=float), tx.init(x), 2 * x)
         after = so.geometry.norm(2 * x + updates, FILTERS)
         np.testing.assert_allclose(after, jnp.broadcast_to(expected, after.shape), rtol=1e-12)
-    for wrong in ("first", -1.0, None):
+    nan = float("nan")
+    for wrong in ("first", -1.0, None, True, nan, np.float32(-1), jnp.float32(0), jnp.ones(3)):
         with pytest.raises(ValueError, match="'current', 'initial' or a positive number"):
             so.hyperball(optax.identity(), 0.1, FILTERS, wrong)
 
@@ -188,6 +189,30 @@ def test_off_the_spheres_the_inner_updates_stay():
     np.testing.assert_array_equal(updates["bias"], -0.1 * jnp.sign(grads["bias"]))
     kept = optax.tree.get(state, "kept")
     np.testing.assert_allclose(kept["kernel"], so.geometry.norm(params["kernel"], LAYER))
+
+
+def test_spheres_that_do_not_fit_are_said_at_once():
+    for make in (so.hyperball, lambda inner, *rest: so.muonh(*rest)):
+        with pytest.raises(ValueError, match="does not fit the parameter"):
+            make(optax.identity(), 0.1, so.Sphere((5,))).init(_normal(0, 6, 3))
+
+
+def test_muonh_without_a_matrix():
+    """A kernel of one coordinate per filter, tied with its bias; arrays that get no update."""
+    tie = so.Sphere(tie="norm")
+    for shape in ((1, 4), (1, 1, 1, 4), (2, 1, 4)):
+        spheres = {"k": tie, "b": so.Sphere((-1,), tie="norm")}
+        if len(shape) == 3:
+            spheres = {"k": so.Sphere((0, -1), tie="n"), "b": so.Sphere((0, -1), tie="n")}
+        bias = (2, 4) if len(shape) == 3 else (4,)
+        x = {"k": _normal(0, *shape), "b": _normal(1, *bias)}
+        same = [make(0.1, spheres) for make in (so.muonh, so.adamh)]
+        one, other = (tx.update(x, tx.init(x), x)[0] for tx in same)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    x = {"k": _normal(0, 6, 3), "i": jnp.arange(3)}
+    tx = so.muonh(0.1, {"k": LAYER, "i": None})
+    updates, _ = tx.update({"k": _normal(1, 6, 3), "i": None}, tx.init(x), x)
+    assert updates["i"] is None
 
 
 def test_integers_and_other_dtypes_beside_bfloat16():
