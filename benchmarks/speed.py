@@ -1,11 +1,13 @@
-"""What one optimizer step costs on a network's parameters, beside `optax.adam` in the same run.
+"""What one optimizer step costs beside `optax.adam` in the same run: time, state, memory, compilation.
 
-    python -m benchmarks.speed [--model resnet18] [--rounds 101] [--weight-decay 1e-4] [--batch 128]
-                               [--out FILE.json]
+    python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--out FOLDER]
 
 Every step is jitted, with donated buffers, and takes its turn of ten steps in every round: the ratios
-mean something on a noisy machine, the milliseconds do not. Without --batch the optimizers run alone;
-with it as part of training steps, forward and backward pass included, on as many random images.
+mean something on a noisy machine, the milliseconds do not. The floor of an optimizer is the time that
+x <- x + c g takes in the same rounds, in proportion to the bytes that each has to read and write once:
+gradients, and parameters and state twice. Where torch, adamp, pytorch_optimizer and geoopt are
+installed, they take part. Without --batch the optimizers run alone; with it as part of training steps,
+forward and backward pass included, on as many random images.
 """
 
 import functools
@@ -18,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -26,34 +29,40 @@ from benchmarks import report
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
 from benchmarks.spheres import filter_spheres
+from benchmarks.torch_steps import TorchStep, torch_steps
 from benchmarks.train import Parser, at_least
 
 LEARNING_RATE = 1e-3
 IMAGE = (32, 32, 3)
 EVERY = 10  # steps in a row, of which `track` measures one
+REFERENCE, FLOOR = "optax.adam", "x + c g"
 
 
 def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTransformation]:
-    optaxs = {
-        "optax.adam": optax.adam(LEARNING_RATE),
+    adam = optax.adam(LEARNING_RATE)
+    return {
+        FLOOR: optax.sgd(LEARNING_RATE),
+        REFERENCE: adam,
         "optax.adamw": optax.adamw(LEARNING_RATE, weight_decay=weight_decay),
         "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
+        **{
+            f"so.{name}": make_optimizer(name, LEARNING_RATE, spheres, 0.999, weight_decay)
+            for name in METHODS
+            if name != "adamw"  # made of the same blocks as so.adam
+        },
+        "so.stacked(so.adamsrt)": so.stacked(
+            lambda s: so.adamsrt(LEARNING_RATE, s, weight_decay=weight_decay), spheres
+        ),
+        "so.adamp": so.adamp(LEARNING_RATE, spheres, weight_decay=weight_decay),
+        "so.adamp, guessing": so.adamp(LEARNING_RATE, weight_decay=weight_decay),
+        "so.sgdp": so.sgdp(LEARNING_RATE, spheres, weight_decay=weight_decay),
+        "so.adamh": so.adamh(LEARNING_RATE, spheres),
+        f"so.track(optax.adam, every={EVERY})": so.track(adam, spheres, every=EVERY),
     }
-    ours = {
-        f"so.{name}": make_optimizer(name, LEARNING_RATE, spheres, 0.999, weight_decay)
-        for name in METHODS
-        if name != "adamw"  # made of the same blocks as so.adam
-    }
-    tracked = {
-        f"so.track(optax.adam, every={EVERY})": so.track(
-            optax.adam(LEARNING_RATE), spheres, every=EVERY
-        )
-    }
-    return {**optaxs, **tracked, **ours}
 
 
 class Step:
-    """One optimizer, compiled, with parameters and state of its own; timed over ten steps in a row.
+    """One Optax optimizer, compiled, with parameters and state of its own.
 
     `gradient` makes the gradients from the parameters, and is timed too; None leaves them as they are.
     """
@@ -61,20 +70,16 @@ class Step:
     def __init__(
         self,
         tx: optax.GradientTransformation,
-        shapes: Any,
+        params: Any,
+        grads: Any,
         gradient: Callable[[Any], Any] | None = None,
     ):
-        keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
-
-        def normal(x):
-            return 0.05 * jax.random.normal(next(keys), x.shape, x.dtype)
-
         def step(params, state, grads):
             grads = grads if gradient is None else gradient(params)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        self.params, self.grads = jax.tree.map(normal, shapes), jax.tree.map(normal, shapes)
+        self.params, self.grads = jax.tree.map(jnp.copy, params), grads
         self.state = tx.init(self.params)
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.grads)
         start = time.perf_counter()
@@ -82,7 +87,7 @@ class Step:
         self.compile_seconds = time.perf_counter() - start
         memory: Any = self._compiled.memory_analysis()
         self.temporary_bytes = memory.temp_size_in_bytes
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        self.state_bytes = _bytes(self.state)
         self.seconds: list[float] = []
 
     def run(self) -> None:
@@ -93,12 +98,47 @@ class Step:
         self.seconds.append((time.perf_counter() - start) / EVERY)
 
 
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def resnet50() -> dict[str, Any]:
+    """The parameters of the ImageNet network, by name: convolutions, BatchNorm, classifier."""
+    convolutions, inputs = {"stem": (7, 7, 3, 64)}, 64
+    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
+        for block in range(blocks):
+            name = f"stage{stage}_block{block}"
+            convolutions[f"{name}/reduce"] = (1, 1, inputs, width)
+            convolutions[f"{name}/conv"] = (3, 3, width, width)
+            convolutions[f"{name}/expand"] = (1, 1, width, 4 * width)
+            if block == 0:
+                convolutions[f"{name}/shortcut"] = (1, 1, inputs, 4 * width)
+            inputs = 4 * width
+    return _with_norms(convolutions) | {"head/kernel": (2048, 1000), "head/bias": (1000,)}
+
+
+def small() -> dict[str, Any]:
+    """300 small arrays."""
+    return _with_norms({f"block{i}": (3, 3, 16, 16) for i in range(100)})
+
+
+def _with_norms(convolutions: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    norms = {f"{k}/{part}": (s[-1],) for k, s in convolutions.items() for part in ("scale", "bias")}
+    return {f"{k}/kernel": s for k, s in convolutions.items()} | norms
+
+
 def network(model: str) -> tuple[Any, Any]:
     """Shapes of the parameters, and their spheres."""
+    if model in LISTED:
+        listed = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in LISTED[model]().items()}
+        return listed, so.spheres_where(listed, lambda path, x: x.ndim == 4)
     images = jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)
     init = functools.partial(MODELS[model](10).init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), images)["params"]
     return shapes, filter_spheres(MODELS[model](10), IMAGE)
+
+
+LISTED = {"resnet50": resnet50, "small": small}
 
 
 def gradient(model: str, batch: int) -> Callable[[Any], Any]:
@@ -122,75 +162,111 @@ def measure(
     rounds: int,
     weight_decay: float,
     gradient: Callable[[Any], Any] | None = None,
-) -> dict[str, dict[str, float]]:
-    steps = {
-        name: Step(tx, shapes, gradient) for name, tx in optimizers(spheres, weight_decay).items()
-    }
-    for step in steps.values():  # the first call touches memory for the first time
+) -> dict[str, dict[str, Any]]:
+    keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
+    params, grads = (
+        jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape, x.dtype), shapes)
+        for _ in range(2)
+    )
+    contenders: dict[str, Step | TorchStep] = {}
+    for name, tx in optimizers(spheres, weight_decay).items():
+        contenders[name] = Step(tx, params, grads, gradient)
+    if gradient is None:
+        contenders |= torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
+    for step in contenders.values():  # the first call touches memory for the first time
         step.run()
         step.seconds.clear()
     for _ in range(rounds):
-        for step in steps.values():
+        for step in contenders.values():
             step.run()
-    adam = steps["optax.adam"]
-    adam_seconds = statistics.median(adam.seconds)
-    return {
-        name: {
-            "milliseconds": 1e3 * statistics.median(step.seconds),
-            "time_ratio": statistics.median(step.seconds) / adam_seconds,
+
+    def bytes_moved(step: Step | TorchStep) -> int:
+        return 3 * _bytes(params) + 2 * step.state_bytes
+
+    reference, floor = contenders[REFERENCE], contenders[FLOOR]
+    rate = statistics.median(floor.seconds) / bytes_moved(floor)
+    rows = {}
+    for name, step in contenders.items():
+        seconds = statistics.median(step.seconds)
+        rows[name] = {
+            "milliseconds": 1e3 * seconds,
+            "time_ratio": seconds / statistics.median(reference.seconds),
+            "floor_ratio": seconds / (rate * bytes_moved(step)) if gradient is None else None,
             "state_bytes": step.state_bytes,
-            "state_ratio": step.state_bytes / adam.state_bytes,
+            "state_ratio": step.state_bytes / reference.state_bytes,
             "temporary_bytes": step.temporary_bytes,
-            "compile_ratio": step.compile_seconds / adam.compile_seconds,
+            "compile_seconds": step.compile_seconds,
         }
-        for name, step in steps.items()
-    }
+    return rows
 
 
-def table(rows: dict[str, dict[str, float]], title: str) -> Table:
-    found = Table(title=title, title_justify="left")
-    found.add_column("optimizer", no_wrap=True)
-    for column in ("ms", "time ratio", "state ratio", "temp. MiB", "compile ratio"):
-        found.add_column(column, justify="right")
-    for name, row in rows.items():
-        found.add_row(
+HEADER = ("optimizer", "ms", "time", "x floor", "state", "temp. MiB", "compile s")
+
+
+def cells(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The numbers of every optimizer as texts, a dash for what there is not."""
+
+    def text(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    return [
+        (
             name,
-            f"{row['milliseconds']:.2f}",
-            f"{row['time_ratio']:.2f}",
-            f"{row['state_ratio']:.3f}",
-            f"{row['temporary_bytes'] / 2**20:.2f}",
-            f"{row['compile_ratio']:.2f}",
+            text(row["milliseconds"], "{:.2f}"),
+            text(row["time_ratio"], "{:.2f}"),
+            text(row["floor_ratio"], "{:.2f}"),
+            text(row["state_ratio"], "{:.3f}"),
+            text(None if (t := row["temporary_bytes"]) is None else t / 2**20, "{:.2f}"),
+            text(row["compile_seconds"], "{:.2f}"),
         )
+        for name, row in rows.items()
+    ]
+
+
+def table(rows: dict[str, dict[str, Any]], title: str) -> Table:
+    found = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for i, column in enumerate(HEADER):
+        found.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in cells(rows):
+        found.add_row(*row)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.speed", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="resnet18")
-    parser.add_argument("--rounds", type=at_least(int, 1), default=101)
-    help_text = "the L2 coefficient of ours; optax.adam has none"
-    parser.add_argument("--weight-decay", type=at_least(float, 0.0), default=1e-4, help=help_text)
+    choices = [*MODELS, *LISTED]
+    default = ["resnet18", "resnet50", "small"]
+    parser.add_argument("--model", nargs="+", choices=choices, default=default)
+    parser.add_argument("--rounds", type=at_least(int, 1), default=21)
+    help_text = "of ours and of adamw; optax.adam has none"
+    parser.add_argument("--weight-decay", type=at_least(float, 0.0), default=0.0, help=help_text)
     help_text = "time whole training steps on this many images, not the optimizers alone"
     parser.add_argument("--batch", type=at_least(int, 1), help=help_text)
-    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
+    help_text = "also write the numbers into this folder, as JSON"
+    parser.add_argument("--out", type=Path, help=help_text)
     args = parser.parse_args(argv)
     if args.out:
-        parser.require_writable(args.out, args.out.parent)
-    shapes, spheres = network(args.model)
-    parameters = sum(x.size for x in jax.tree.leaves(shapes))
-    training = None if args.batch is None else gradient(args.model, args.batch)
-    rows = measure(shapes, spheres, args.rounds, args.weight_decay, training)
-    what = "One step" if training is None else f"One training step with {args.batch} images"
-    title = f"{what} on {args.model}, {parameters:,} parameters; ratios are to optax.adam"
-    Console().print(table(rows, title))
-    if args.out:
-        command = (
-            f"python -m benchmarks.speed --model {args.model} --rounds {args.rounds} "
-            f"--weight-decay {args.weight_decay}{f' --batch {args.batch}' if args.batch else ''}"
-        )
-        content = {"command": command, "environment": report.environment(), "optimizers": rows}
-        report.write_json(args.out, content)
-        print(f"written: {args.out}")
+        parser.require_writable(args.out, args.out)
+    if args.batch and (listed := [name for name in args.model if name in LISTED]):
+        parser.error(f"--batch: {', '.join(listed)} are parameters without a network")
+    for model in args.model:
+        shapes, spheres = network(model)
+        training = None if args.batch is None else gradient(model, args.batch)
+        rows = measure(shapes, spheres, args.rounds, args.weight_decay, training)
+        parameters = sum(x.size for x in jax.tree.leaves(shapes))
+        what = "One step" if training is None else f"One training step with {args.batch} images"
+        title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
+        Console().print(table(rows, title))
+        if args.out:
+            batch = f" --batch {args.batch}" if args.batch else ""
+            command = (
+                f"python -m benchmarks.speed --model {model} --rounds {args.rounds} "
+                f"--weight-decay {args.weight_decay:g}{batch}"
+            )
+            path = args.out / f"speed_{'training_' if args.batch else ''}{model}.json"
+            about = {"command": command, "title": title, "environment": report.environment()}
+            report.write_json(path, about | {"optimizers": rows})
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":

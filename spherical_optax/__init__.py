@@ -28,6 +28,7 @@ from spherical_optax._optimizers import (
 )
 from spherical_optax._quotient import quotient, rms
 from spherical_optax._spheres import Sphere, spheres_where
+from spherical_optax._stacked import stacked
 from spherical_optax.analysis import track
 
 __version__ = version("spherical_optax")
@@ -59,6 +60,7 @@ __all__ = [
     "sgd_mrt",
     "sgdp",
     "spheres_where",
+    "stacked",
     "survey_spheres",
     "trace",
     "track",

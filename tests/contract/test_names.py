@@ -55,6 +55,7 @@ SIGNATURES = {
         {"weight_decay": 0.0, "mu_dtype": None},
     ),
     "adamg_star": ({"learning_rate": REQUIRED, "spheres": REQUIRED}, {"weight_decay": 0.0}),
+    "stacked": ({"make": REQUIRED, "spheres": None}, {"below": 2**14}),
     "sgdp": (
         {"learning_rate": REQUIRED, "spheres": None, "momentum": 0.9},
         {"weight_decay": 0.0, "delta": 0.1, "wd_ratio": 0.1, "nesterov": False, "mu_dtype": None},
