@@ -160,7 +160,9 @@ class TestEffectiveRate:
             before, params = params, optax.apply_updates(params, updates)
         if name == "muonh":  # a step that is no a / b
             rates = jax.tree.leaves(state.effective_lr)
-            assert not any(bool(jnp.any(jnp.abs(rate) > 0)) for rate in rates)  # NaN, and 0 at d = 1
+            assert not any(
+                bool(jnp.any(jnp.abs(rate) > 0)) for rate in rates
+            )  # NaN, and 0 at d = 1
             assert any(bool(jnp.any(jnp.isnan(rate))) for rate in rates)
             return
         if TABLE[name].elementwise:
