@@ -99,15 +99,15 @@ def _scale_by_mirrored_radius(
             lambda x, g, rate: -rate * g, params, updates, rate, off=lambda x, g, _: sgd(x, g)
         )
         count = optax.safe_increment(state.count)
-        return updates, MirroredRadiusState(count, groups.stored(following))
+        return updates, MirroredRadiusState(count, groups.stored(following, state.radius_squared))
 
     return Transformation(init, update)
 
 
 def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
     """(a^2 + b^2)^(1/2) without overflow, and with gradient 0 at 0."""
-    there = (a > 0) | (b > 0)
-    return jnp.where(there, jnp.hypot(jnp.where(there, a, 1.0), b), 0.0)
+    zero = (a <= 0) & (b <= 0)
+    return jnp.where(zero, 0.0, jnp.hypot(jnp.where(zero, 1.0, a), b))
 
 
 def _as(value: Any, like: jax.Array) -> jax.Array:

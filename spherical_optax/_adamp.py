@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import cast_like, given, l2_now, output, scalar
+from spherical_optax._arithmetic import cast_like, given, is_zero, l2_now, output, scalar
 from spherical_optax._momentum import ema, trace
 from spherical_optax._quotient import quotient, rms
 from spherical_optax._spheres import Sphere, Spheres, match
@@ -94,7 +94,7 @@ def sgdp(
     Args:
       learning_rate: eta, a number or a schedule.
       spheres: how the leaves split into groups; None guesses as in `adamp`.
-      momentum: decay of m.
+      momentum: decay of m; below 1 with weight decay.
       weight_decay: lambda, a number or a schedule; decoupled, times 1 / (1 - momentum).
       delta: how small the cosine has to be.
       wd_ratio: factor of the weight decay on the spheres.
@@ -106,7 +106,8 @@ def sgdp(
       A `GradientTransformationExtraArgs`. State per parameter: m.
 
     Raises:
-      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
+      ValueError: if `momentum` is 1 with weight decay, if `spheres` does not fit the parameters; in
+        `update`, if `params` is missing.
 
     >>> tx = so.sgdp(0.1, so.Sphere())
     >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
@@ -122,7 +123,7 @@ def sgdp(
         _tangential(
             trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype),
             spheres,
-            _over(weight_decay, 1 - momentum),
+            _over_rest(weight_decay, momentum),
             wd_ratio,
             delta,
             eps,
@@ -242,9 +243,13 @@ def _or_else(tree: Any, other: Any) -> Any:
     )
 
 
-def _over(weight_decay: Scalar, by: Any) -> Scalar:
-    if type(weight_decay) in (int, float) and weight_decay == 0:
+def _over_rest(weight_decay: Scalar, momentum: Any) -> Scalar:
+    """weight_decay / (1 - momentum)"""
+    if is_zero(weight_decay):
         return 0.0
+    rest = 1 - momentum
+    if is_zero(rest):
+        raise ValueError("sgdp: momentum is 1, so there is no weight_decay / (1 - momentum)")
     if callable(weight_decay):
-        return lambda count: weight_decay(count) / by
-    return weight_decay / by
+        return lambda count: weight_decay(count) / rest
+    return weight_decay / rest

@@ -34,9 +34,17 @@ def debias(moment: Any, decay: Any, count: Any) -> Any:
     return jax.tree.map(lambda m: m / correction.astype(m.dtype), moment)
 
 
+def abs_squared(x: Any) -> jax.Array:
+    """|x|^2, which is real for complex numbers too."""
+    return jnp.real(x * jnp.conj(x))
+
+
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """a / b, and 0 where b is 0."""
-    return jnp.where(b == 0, jnp.zeros_like(a), a / jnp.where(b == 0, jnp.ones_like(b), b))
+    # -0.0 is equal to 0.0, but another constant: XLA on a CPU orders the sums over groups, which start
+    # from 0.0, by who else has that constant, and sums of one array should follow one another.
+    nothing = b == jnp.full_like(b, -0.0)
+    return jnp.where(nothing, jnp.full_like(a, -0.0), a / jnp.where(nothing, jnp.ones_like(b), b))
 
 
 def scalar(value: Any, dtype: Any) -> Any:
@@ -53,9 +61,14 @@ def not_schedule(caller: str, value: Any) -> Any:
     return value
 
 
+def is_zero(value: Any) -> bool:
+    """A zero that is known already, so that what it is a factor of can be left out."""
+    return type(value) in (int, float) and value == 0
+
+
 def l2_now(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
     """The L2 coefficient of this step; None for a constant zero, which needs no parameters."""
-    if type(weight_decay) in (int, float) and weight_decay == 0:
+    if is_zero(weight_decay):
         return None
     return weight_decay(count) if callable(weight_decay) else weight_decay
 

@@ -76,7 +76,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         del extra_args
         groups = match(spheres, updates).curved()
         factor = groups.scalars(
-            lambda r, q: jnp.where(r > 0, geometry.ratio(r, q), 1.0),
+            lambda r, q: jnp.where(r <= 0, 1.0, geometry.ratio(r, q)),
             geometry.norm(given(params), groups),
             geometry.norm(updates, groups),
         )
@@ -153,7 +153,7 @@ def retract(
                 state.kept,
                 geometry.norm(given(params), groups),
             )
-            state = RetractState(groups.stored(wanted))
+            state = RetractState(groups.stored(wanted, state.kept))
         # In at least float32 until the very end: a step in low precision rounds once.
         point = jax.tree.map(accurate, given(params))
         target = geometry.retract(point, updates, groups, wanted)
@@ -163,6 +163,15 @@ def retract(
         return cast_like(step, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def decay_off(
+    spheres: Spheres, weight_decay: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Weight decay off the spheres, on which it is radial."""
+    return optax.add_decayed_weights(
+        weight_decay, mask=lambda tree: match(spheres, tree).curved().off()
+    )
 
 
 def _is_radius(radius: Any) -> bool:

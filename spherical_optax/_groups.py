@@ -157,9 +157,14 @@ class Groups:
         columns = self._columns((on, off))
         return self._unflatten([b if leaf is None else a for leaf, a, b in columns])
 
-    def stored(self, scalars: Any) -> Any:
-        """A group-sized tree as optimizer state: a zero off the spheres keeps the tree's structure."""
-        return self.scalars(lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32))
+    def stored(self, scalars: Any, before: Any = None) -> Any:
+        """A group-sized tree as optimizer state: a zero off the spheres keeps the tree's structure.
+
+        The zeros of the state `before` stay: hundreds of new ones would take time.
+        """
+        if before is None:
+            return self.scalars(lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32))
+        return self.scalars(lambda s, _: s, scalars, before, off=lambda _, b: b)
 
     def off(self) -> Any:
         """True on the leaves off the spheres: a mask for `optax.masked`."""

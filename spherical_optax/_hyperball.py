@@ -6,8 +6,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from spherical_optax._arithmetic import cast_like
-from spherical_optax._constraints import normalize, retract
+from spherical_optax._arithmetic import cast_like, given
+from spherical_optax._constraints import decay_off, normalize, retract
 from spherical_optax._groups import Leaf, accurate, replicated, resharded
 from spherical_optax._momentum import ema
 from spherical_optax._quotient import quotient, rms
@@ -29,7 +29,8 @@ def hyperball(
     x <- R n(x - eta R n(q)),  n(x) = x / ||x|| per group and q the updates of `inner`
 
     A tangential q turns every group by arctan(eta) in every step, whatever its gradient and radius, and
-    none turns it by more than arcsin(eta). Weight decay has nothing left to do there.
+    none turns it by more than arcsin(eta), but for the rounding of low precision. Weight decay has
+    nothing left to do there.
 
     Args:
       inner: what gives the direction, without a learning rate: `optax.scale_by_adam()`,
@@ -108,7 +109,7 @@ def adamh(
 
     Source: Wen et al. (2026), as in `hyperball`.
     """
-    inner = optax.chain(_adam(b1, b2, eps, mu_dtype), _decay_off(spheres, weight_decay))
+    inner = optax.chain(_adam(b1, b2, eps, mu_dtype), decay_off(spheres, weight_decay))
     return hyperball(inner, learning_rate, spheres, radius)
 
 
@@ -160,34 +161,35 @@ def muonh(
     here, has Dozat's.
     """
 
-    def directions(tree):
-        """Also of a None, or masks made from updates would not fit the parameters."""
-        return jax.tree.map(
-            lambda matrix: "muon" if matrix else "adam",
-            _matrices(spheres, tree),
-            is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
-        )
-
     muon = optax.chain(
         ema(beta, nesterov=True, accumulator_dtype=mu_dtype), _orthogonalize(spheres)
     )
     adam = _adam(b1, b2, eps, mu_dtype)
-    inner = optax.chain(
-        optax.partition({"muon": muon, "adam": adam}, directions),
-        _decay_off(spheres, weight_decay),
-    )
+
+    def by_shape(params):
+        # A label also for a None, or the masks would not fit the parameters.
+        labels = jax.tree.map(
+            lambda matrix: "muon" if matrix else "adam",
+            _matrices(spheres, params),
+            is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
+        )
+        # As a function, because a tree of Equinox could be called itself.
+        return optax.partition({"muon": muon, "adam": adam}, lambda _: labels)
+
+    def init(params):
+        return by_shape(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        # Not from the updates, among which any may be missing.
+        return by_shape(given(params)).update(updates, state, params, **extra_args)
+
+    directions = optax.GradientTransformationExtraArgs(init, update)
+    inner = optax.chain(directions, decay_off(spheres, weight_decay))
     return hyperball(inner, learning_rate, spheres, radius)
 
 
 def _adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any) -> Transformation:
     return quotient(ema(b1, accumulator_dtype=mu_dtype), rms(b2, eps))
-
-
-def _decay_off(spheres: Spheres, weight_decay: Scalar) -> optax.GradientTransformation:
-    """Decoupled weight decay off the spheres, on which it would only turn the direction."""
-    return optax.add_decayed_weights(
-        weight_decay, mask=lambda tree: match(spheres, tree).curved().off()
-    )
 
 
 def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:

@@ -15,6 +15,7 @@ from spherical_optax import geometry
 from spherical_optax._arithmetic import cast_like, decayed, given, l2_now, mix, output, scalar
 from spherical_optax._arithmetic import debias as unbias
 from spherical_optax._groups import Groups
+from spherical_optax._products import Products, known, sharing
 from spherical_optax._spheres import Spheres, match
 
 
@@ -89,17 +90,19 @@ def ema(
         mu = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         return EmaState(jnp.zeros([], jnp.int32), mu, momentum.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, inner_products=None, **extra_args):
         del extra_args
         l2 = l2_now(weight_decay, state.count)
-        mu, kept = momentum.update(updates, state.ema, state.kept, params, l2)
+        mu, kept = momentum.update(
+            updates, state.ema, state.kept, params, l2, known(inner_products)
+        )
         count = optax.safe_increment(state.count)
         out = momentum.ahead(updates, mu, params, l2) if nesterov else mu
         out = output(updates, out)
         out = unbias(out, decay, count) if debias else out
         return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return sharing(init, update)
 
 
 def trace(
@@ -172,62 +175,65 @@ class _Momentum:
         return geometry.zero_norm(params, groups) if self.transport != self.rescale else None
 
     def update(
-        self, updates: Any, moment: Any, kept: Any, params: Any, l2: Any = None
+        self,
+        updates: Any,
+        moment: Any,
+        kept: Any,
+        params: Any,
+        l2: Any = None,
+        products: Products | None = None,
     ) -> tuple[Any, Any]:
         groups = match(self.spheres, updates).curved()
+        products = products or Products()
+        before = kept
         if self.transport or self.rescale or l2 is not None:
             params = given(params)
-        if self.transport and self.rescale:
-            moment = geometry.project(params, moment, groups)
-        elif self.transport:
-            radial = _radial(updates, params, groups, l2)
-            restored = self._isometry(moment, kept, radial, params, groups)
-            moment = geometry.scale(geometry.project(params, moment, groups), restored, groups)
-            # The projection is tangential: only the new term brings a radial part.
-            kept = groups.scalars(lambda q: scalar(self.gain, q.dtype) * q, radial)
+        if self.transport:
+            mx, xx = products.dot(moment, params, groups), products.dot(params, params, groups)
+            tangent = geometry.without_radial(params, moment, mx, xx, groups)
+            if self.rescale:
+                moment = tangent
+            else:
+                radius = groups.scalars(geometry.sqrt, xx)
+                radial = _radial(products.dot(updates, params, groups), radius, groups, l2)
+                mm = products.dot(moment, moment, groups)
+                now = _radial(mx, radius, groups)
+                restored = groups.scalars(_isometry, mm, kept, now, xx, radial, moment)
+                moment = geometry.scale(tangent, restored, groups)
+                # The projection is tangential: only the new term brings a radial part.
+                kept = groups.scalars(lambda q: scalar(self.gain, q.dtype) * q, radial)
         elif self.rescale:
             radius = geometry.norm(params, groups)
             moment = geometry.scale(moment, geometry.change(kept, radius, groups), groups)
             kept = radius
-        kept = None if self.transport == self.rescale else groups.stored(kept)
-        return mix(decayed(updates, params, l2), moment, self.decay, self.gain), kept
+        kept = None if self.transport == self.rescale else groups.stored(kept, before)
+        return self.ahead(updates, moment, params, l2), kept
 
     def ahead(self, updates: Any, moment: Any, params: Any = None, l2: Any = None) -> Any:
-        """Nesterov's momentum: what `moment` would be after the same update once more."""
+        """decay m + gain g; with an m that has taken g already, Nesterov's momentum."""
         return mix(decayed(updates, params, l2), moment, self.decay, self.gain)
 
-    def _isometry(self, moment: Any, before: Any, coming: Any, params: Any, groups: Groups) -> Any:
-        """What gives the projection of m the length of its tangential part at the last point.
 
-        Both lengths follow from ||m||^2 and the radial part of m, `before` and now. Where m is radial
-        to working precision they do not, and the length is left alone.
-        """
+def _isometry(mm: Any, before: Any, now: Any, xx: Any, coming: Any, m: Any) -> jax.Array:
+    """What gives the projection of m the length of its tangential part at the last point.
 
-        def factor(mm, before, now, xx, coming, m):
-            old, new = mm - before * before, mm - now * now
-            tiny = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
-            # `coming` only has to be known: a sum over the parameters that nothing waited for would
-            # make XLA copy them all before it overwrites them.
-            there = (old > tiny) & (new > tiny) & (xx > 0) & jnp.isfinite(coming)
-            return jnp.sqrt(jnp.where(there, old, 1.0) / jnp.where(there, new, 1.0))
-
-        return groups.scalars(
-            factor,
-            geometry.dot(moment, moment, groups),
-            before,
-            _radial(moment, params, groups),
-            geometry.dot(params, params, groups),
-            coming,
-            moment,
-        )
+    Both lengths follow from ||m||^2 and the radial part of m, `before` and now. Where m is radial to
+    working precision they do not, and the length is left alone.
+    """
+    old, new = mm - before * before, mm - now * now
+    tiny = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
+    # `coming` only has to be known: a sum over the parameters that nothing waited for would make XLA
+    # copy them all before it overwrites them.
+    there = (old > tiny) & (new > tiny) & (xx > 0) & jnp.isfinite(coming)
+    return jnp.sqrt(jnp.where(there, old, 1.0) / jnp.where(there, new, 1.0))
 
 
-def _radial(vectors: Any, params: Any, groups: Groups, l2: Any = None) -> Any:
-    """<q + l2 x, u> of each group."""
+def _radial(qx: Any, radius: Any, groups: Groups, l2: Any = None) -> Any:
+    """<q + l2 x, u> of each group, from <q, x>."""
 
     def of(qx, r):
         return geometry.ratio(qx, r, otherwise=0.0) + (
             0.0 if l2 is None else scalar(l2, r.dtype) * r
         )
 
-    return groups.scalars(of, geometry.dot(vectors, params, groups), geometry.norm(params, groups))
+    return groups.scalars(of, qx, radius)

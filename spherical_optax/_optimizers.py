@@ -29,10 +29,10 @@ import optax
 
 from spherical_optax._adamg_star import adamg_star
 from spherical_optax._arithmetic import cast_like
-from spherical_optax._constraints import retract
+from spherical_optax._constraints import decay_off, retract
 from spherical_optax._momentum import ema, trace
 from spherical_optax._quotient import quotient, rms
-from spherical_optax._spheres import Spheres, match
+from spherical_optax._spheres import Spheres
 
 Scalar = optax.ScalarOrSchedule
 Transformation = optax.GradientTransformationExtraArgs
@@ -195,7 +195,7 @@ def adamsrt(
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:
-      A `GradientTransformationExtraArgs`. State: m, and two numbers per group: half of Adam's.
+      A `GradientTransformationExtraArgs`. State: m, and one number per group: half of Adam's.
 
     Raises:
       ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
@@ -261,7 +261,7 @@ def adamg(
     a = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
     b = rms(b2, eps, spheres, reduce="sum")
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=lambda p: match(spheres, p).curved().off()),
+        decay_off(spheres, weight_decay),
         quotient(a, b),
         optax.scale_by_learning_rate(learning_rate),
         retract(spheres, 1.0),

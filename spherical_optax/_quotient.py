@@ -8,6 +8,7 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._arithmetic import (
+    abs_squared,
     cast_like,
     debias,
     decayed,
@@ -18,6 +19,7 @@ from spherical_optax._arithmetic import (
     output,
     scalar,
 )
+from spherical_optax._products import Products, known, shares, sharing
 from spherical_optax._spheres import Spheres, match
 
 
@@ -25,8 +27,7 @@ class RmsState(NamedTuple):
     """State of `rms`."""
 
     count: jax.typing.ArrayLike  # steps taken, int32
-    nu: optax.Updates  # one number per group on the spheres
-    kept: Any  # None, or the radius per group at the last step
+    nu: optax.Updates  # on the spheres one number per group: v, or r^2 v with `rescale`
 
 
 class QuotientState(NamedTuple):
@@ -49,19 +50,22 @@ def rms(
 
     v_k = decay (r_{k-1} / r_k)^2 v_{k-1} + (1 - decay) d^{-1} ||g_k + lambda x_k||^2 per group of d
     coordinates, and sqrt(v_k / (1 - decay^{k+1})) + eps comes out, in the shape of the updates [20].
-    Off the spheres v is element-wise [8]. The ratio of radii is there with `rescale`.
+    Off the spheres v is element-wise [8]. The ratio of radii is there with `rescale`: then r^2 v is
+    kept, by Lemma 1 the average square of gradients on the unit sphere, which needs no ratio.
 
     Args:
       decay: rate of decay (b2).
       eps: added outside the root.
       spheres: how the leaves split into groups; None is element-wise everywhere.
       reduce: "mean" as in [20], or "sum", without d^{-1}, as in AdamG.
-      rescale: multiply v by the squared ratio of the radii; needs `params`.
+      rescale: multiply v by the squared ratio of the radii; needs `params`. From a group that is zero
+        the ratio is 1; if a group becomes zero, its average starts afresh. The squares of r g and of
+        lambda r^2 have to fit in float32: lengths from about 1e-18 to 1e18.
       weight_decay: lambda of the L2 term, as in `ema`.
 
     Returns:
-      A `GradientTransformationExtraArgs`. State: on the spheres v, and the radius with `rescale`, each
-      one number per group in at least float32; elsewhere v like the parameters.
+      A `GradientTransformationExtraArgs`. State: on the spheres one number per group, in at least
+      float32, v or with `rescale` r^2 v; elsewhere v like the parameters.
 
     Raises:
       ValueError: if `reduce` is unknown, in `init` and `update` if `spheres` does not fit, in `update`
@@ -78,46 +82,51 @@ def rms(
     if reduce not in ("mean", "sum"):
         raise ValueError(f"rms: reduce is {reduce!r}, not 'mean' or 'sum'")
 
-    def squares(g, params, groups, l2=None):
-        sums = geometry.dot(g, g, groups)
+    def squares(g, params, groups, products, l2=None):
+        sums = products.dot(g, g, groups)
         if l2 is not None:
             params = given(params)
             # From inner products, as in `ema`: what is summed over on a CPU has to be in memory.
             sums = groups.scalars(
                 lambda gg, gx, xx: _norm_squared(gg, gx, xx, scalar(l2, gg.dtype)),
                 sums,
-                geometry.dot(g, params, groups),
-                geometry.dot(params, params, groups),
+                products.dot(g, params, groups),
+                products.dot(params, params, groups),
             )
         sums = groups.mean(sums) if reduce == "mean" else sums
-        return groups.choose(sums, jax.tree.map(jnp.square, decayed(g, params, l2)))
+        return groups.choose(sums, jax.tree.map(abs_squared, decayed(g, params, l2)))
 
     def init(params):
         groups = match(spheres, params).curved()
-        nu = squares(optax.tree.zeros_like(params), None, groups)
-        radius = geometry.zero_norm(params, groups) if rescale else None
-        return RmsState(jnp.zeros([], jnp.int32), nu, radius)
+        zeros = optax.tree.zeros_like(params)
+        return RmsState(jnp.zeros([], jnp.int32), squares(zeros, None, groups, Products()))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, inner_products=None, **extra_args):
         del extra_args
+        products = known(inner_products)
         groups = match(spheres, updates).curved()
-        nu, radius = state.nu, None
+        l2, count = l2_now(weight_decay, state.count), optax.safe_increment(state.count)
+        nu, new = state.nu, squares(updates, params, groups, products, l2)
         if rescale:
-            radius = groups.stored(geometry.norm(given(params), groups))
-            # Twice, not squared: the square of a large ratio overflows where the product does not.
-            change = geometry.change(state.kept, radius, groups)
-            nu = groups.scalars(lambda v, c: c * (c * v), nu, change, off=lambda v, _: v)
-        l2 = l2_now(weight_decay, state.count)
-        nu = mix(squares(updates, params, groups, l2), nu, decay, 1 - decay)
-        count = optax.safe_increment(state.count)
-        out = debias(output(updates, nu), decay, count)
-        out = groups.scalars(geometry.sqrt, out, off=lambda v: None if v is None else jnp.sqrt(v))
+            xx = products.dot(given(params), params, groups)
+            began = jnp.greater(count, 1)
+            nu = groups.scalars(
+                lambda nu, gg, xx: _arriving(nu, gg, xx, began), nu, new, xx, off=_first
+            )
+            new = groups.scalars(_squared_radius_times, new, xx, off=_first)
+        v = nu = mix(new, nu, decay, 1 - decay)
+        if rescale:
+            nu = groups.scalars(_kept, nu, xx, off=_first)
+            # From what is kept: else XLA computes that twice, and copies the old one for it.
+            v = groups.scalars(lambda nu, xx: abs(nu) / geometry.or_one(xx), nu, xx, off=_first)
+        v = debias(output(updates, v), decay, count)
+        out = groups.scalars(_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
         out = jax.tree.map(lambda b: b + scalar(eps, b.dtype), out)
         # Zeros rather than `broadcast_to`, for the sharding of the updates.
         out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
-        return cast_like(out, params), RmsState(count, cast_like(nu, state.nu), radius)
+        return cast_like(out, params), RmsState(count, cast_like(nu, state.nu))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return sharing(init, update)
 
 
 def quotient(
@@ -145,17 +154,51 @@ def quotient(
     Source: the generic scheme, [3] and [4].
     """
     a, b = optax.with_extra_args_support(a), optax.with_extra_args_support(b)
+    share = shares(a) and shares(b)
 
     def init(params):
         return QuotientState(a.init(params), b.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        if share:
+            extra_args |= {"inner_products": Products()}
         top, a_state = a.update(updates, state.a, params, **extra_args)
         bottom, b_state = b.update(updates, state.b, params, **extra_args)
         updates = jax.tree.map(divide, top, bottom)
         return updates, QuotientState(a_state, b_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _arriving(kept: jax.Array, now: jax.Array, xx: jax.Array, began: Any) -> jax.Array:
+    """r^2 v at the present radius, or v where it is zero, of what was kept at another."""
+    zero, v = jnp.signbit(kept) | ~began, abs(kept)
+    return jnp.where(
+        geometry.is_zero(xx),
+        jnp.where(zero, v, now),
+        jnp.where(zero, _squared_radius_times(v, xx), v),
+    )
+
+
+def _squared_radius_times(v: jax.Array, xx: jax.Array) -> jax.Array:
+    """r^2 v, or v where r is zero; finite if v is: weight decay alone makes it grow with r^4."""
+    product = jnp.minimum(geometry.or_one(xx) * v, jnp.finfo(v.dtype).max / 2)
+    return jnp.where(jnp.isinf(v), v, product)
+
+
+def _kept(nu: jax.Array, xx: jax.Array) -> jax.Array:
+    """r^2 v, and -v where r is zero."""
+    return jnp.where(geometry.is_zero(xx), -nu, nu)
+
+
+def _root(v: jax.Array) -> jax.Array:
+    """Of v, with a derivative at zero too."""
+    tiny = float(jnp.finfo(v.dtype).tiny)
+    return jnp.sqrt(jnp.maximum(v, tiny)) - tiny**0.5
+
+
+def _first(x: Any, *_: Any) -> Any:
+    return x
 
 
 def _norm_squared(gg: Any, gx: Any, xx: Any, l2: Any) -> jax.Array:

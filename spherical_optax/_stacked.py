@@ -41,7 +41,8 @@ def stacked(
       A `GradientTransformationExtraArgs`. State: that of the optimizer, for stacks.
 
     Raises:
-      ValueError: in `init` and `update`, if `spheres` does not fit the parameters.
+      ValueError: in `init` and `update`, if `spheres` does not fit the parameters; in `update`, if a
+        parameter in a stack has no update.
 
     >>> params = {f"conv{i}": jnp.ones((3, 3, 4, 4)) for i in range(9)}
     >>> tx = so.stacked(lambda spheres: so.adamsrt(0.1, spheres), so.Sphere())
@@ -68,8 +69,13 @@ def stacked(
 
     def pack(tree: Any, stacks: dict[Any, list[Path]]) -> Packed:
         leaves = dict(named_leaves(tree, lambda x: x is None)[0])
+        if missing := [path for paths in stacks.values() for path in paths if leaves[path] is None]:
+            raise ValueError(
+                f"stacked: {'/'.join(missing[0])} has no update, but lies in a stack: give it zeros, "
+                "or keep small arrays apart with below=0"
+            )
         together = [jnp.stack([leaves.pop(path) for path in paths]) for paths in stacks.values()]
-        return Packed(together, {"/".join(path): x for path, x in leaves.items()})
+        return Packed(together, {_name(path): x for path, x in leaves.items()})
 
     def unpack(packed: Any, stacks: dict[Any, list[Path]], like: Any) -> Any:
         paths, treedef = named_leaves(like, lambda x: x is None)
@@ -80,12 +86,12 @@ def stacked(
         }
         return jax.tree.unflatten(
             treedef,
-            [found[p] if p in found else packed.alone["/".join(p)] for p, _ in paths],
+            [found[p] if p in found else packed.alone[_name(p)] for p, _ in paths],
         )
 
     def optimizer(stacks: Any, chosen: Any) -> optax.GradientTransformationExtraArgs:
         grouped = {path for paths in stacks.values() for path in paths}
-        alone = {"/".join(p): sphere for p, sphere in chosen.items() if p not in grouped}
+        alone = {_name(p): sphere for p, sphere in chosen.items() if p not in grouped}
         return optax.with_extra_args_support(
             make(Packed([_stack_of(sphere) for _, _, sphere in stacks], alone))
         )
@@ -102,6 +108,11 @@ def stacked(
         return unpack(found, stacks, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _name(path: Path) -> str:
+    """One string per path, as in a JSON pointer: a name may have a slash of its own."""
+    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
 
 
 def _stack_of(sphere: Sphere | None) -> Sphere | None:

@@ -127,12 +127,8 @@ def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
     Source: section 2.1 of the paper.
     """
     groups = match(spheres, vectors)
-    radial = groups.scalars(
-        lambda qx, xx: ratio(qx, xx, otherwise=0.0),
-        dot(vectors, point, groups),
-        dot(point, point, groups),
-    )
-    return groups.map(lambda q, x, c: q - c * x, vectors, point, radial)
+    qx, xx = dot(vectors, point, groups), dot(point, point, groups)
+    return without_radial(point, vectors, qx, xx, groups)
 
 
 def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
@@ -272,7 +268,7 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
         radius = groups.scalars(lambda r: jnp.full_like(r, radius), before)
     after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
     factor = groups.scalars(
-        lambda wanted, r, yy: jnp.where((wanted > 0) & (r > 0), ratio(wanted, sqrt(yy)), 1.0),
+        lambda wanted, r, yy: jnp.where((wanted <= 0) | (r <= 0), 1.0, ratio(wanted, sqrt(yy))),
         radius,
         before,
         after,
@@ -303,21 +299,33 @@ def angle(start: Any, end: Any, spheres: Spheres) -> Any:
     along = groups.sum(lambda a, b: jnp.square(a + b), u, w)
 
     def of(a, b, uu, ww):
-        there = (uu > 0) & (ww > 0)
-        return jnp.where(there, 2 * jnp.arctan2(sqrt(a), jnp.where(there, sqrt(b), 1.0)), 0.0)
+        nowhere = (uu <= 0) | (ww <= 0)
+        return jnp.where(nowhere, 0.0, 2 * jnp.arctan2(sqrt(a), jnp.where(nowhere, 1.0, sqrt(b))))
 
     return groups.scalars(of, apart, along, dot(u, u, groups), dot(w, w, groups))
 
 
 def ratio(a: Any, b: Any, otherwise: float = 1.0) -> jax.Array:
-    """a / b, and `otherwise` where b is not positive: what a group of radius zero gets."""
-    there = b > 0
-    return jnp.where(there, a / jnp.where(there, b, 1.0), otherwise)
+    """a / b, and `otherwise` where b is not positive: what a group of radius zero gets.
+
+    Here and below it is zero that is asked for, so that NaN stays NaN.
+    """
+    return jnp.where(is_zero(b), otherwise, a / or_one(b))
+
+
+def is_zero(x: jax.Array) -> jax.Array:
+    """Not positive, or so small that dividing by it overflows; NaN is not."""
+    return x < (jnp.finfo(x.dtype).tiny if jnp.issubdtype(x.dtype, jnp.floating) else 1)
+
+
+def or_one(x: jax.Array) -> jax.Array:
+    """x, and 1 where that is zero: what can be divided by."""
+    return jnp.where(is_zero(x), 1.0, x)
 
 
 def change(before: Any, now: Any, groups: Groups) -> Any:
     """before / now of group-sized trees, and 1 for groups that were or are zero."""
-    return groups.scalars(lambda b, n: jnp.where(b > 0, ratio(b, n), 1.0), before, now)
+    return groups.scalars(lambda b, n: jnp.where(b <= 0, 1.0, ratio(b, n)), before, now)
 
 
 def zero_norm(params: Any, groups: Groups) -> Any:
@@ -326,10 +334,16 @@ def zero_norm(params: Any, groups: Groups) -> Any:
     return groups.stored(norm(jax.tree.map(jnp.zeros_like, params), groups))
 
 
+def without_radial(point: Any, vectors: Any, qx: Any, xx: Any, groups: Groups) -> Any:
+    """`project`, given the inner products <q, x> and <x, x>."""
+    # -0.0 as in `_arithmetic.divide`.
+    radial = groups.scalars(lambda qx, xx: ratio(qx, xx, otherwise=-0.0), qx, xx)
+    return groups.map(lambda q, x, c: q - c * x, vectors, point, radial)
+
+
 def sqrt(x: jax.Array) -> jax.Array:
     """Zero at zero in value and gradient, as all lengths here."""
-    there = x > 0
-    return jnp.where(there, jnp.sqrt(jnp.where(there, x, 1.0)), 0.0)
+    return jnp.where(is_zero(x), 0.0, jnp.sqrt(or_one(x)))
 
 
 def _float(x: Any) -> Any:

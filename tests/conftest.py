@@ -2,10 +2,17 @@
 
 import os
 
-# Read when the backend starts, so it has to stand before anything touches a device.
-_FLAG = "--xla_force_host_platform_device_count=8"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+# Read when the backend starts, so they have to stand before anything touches a device. By default XLA
+# has a thread per device, or core: a second program with collectives can take the thread that the first
+# still needs, and both wait for ever. These are enough for all that may be under way.
+os.environ.setdefault("PJRT_NPROC", "256")
+# And XLA ends the process if one of the eight lets the others wait for 40 seconds, as when it is busy.
+for _flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -40,3 +47,10 @@ def standard_promotion():
     """For tests that run parts of Optax, or of Flax, which mix dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiled_functions_left():
+    """Compiled functions are memory mappings, and Linux ends a process that holds 65,530 of them."""
+    yield
+    jax.clear_caches()

@@ -184,3 +184,7 @@ class TestMomentumOfSgdp:
         x = {"b": jnp.ones(2)}
         tx = so.sgdp(0.5, {"b": None}, 1.0)
         np.testing.assert_array_equal(_first(tx, x, x)["b"], -0.5 * x["b"])
+
+    def test_weight_decay_needs_a_division(self):
+        with pytest.raises(ValueError, match="momentum is 1"):
+            so.sgdp(0.5, {"b": None}, 1.0, weight_decay=0.1)

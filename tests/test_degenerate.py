@@ -157,3 +157,35 @@ def test_zero_filters_start_to_move(name):
     updates, _ = tx.update(grads, tx.init(params), params)
     for leaf in ("filters", "layer", "free"):
         assert float(jnp.sum(updates[leaf] * grads[leaf])) < 0
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_nan_gradient_is_not_made_a_number(name):
+    """Its group says so or steps as ever, and the other groups do not notice."""
+    params, grads = (random_tree(seed, {"w": (6, 3)}) for seed in (0, 1))
+    tx = TABLE[name](0.01, {"w": so.Sphere()})
+    state = tx.init(params)
+    broken = {"w": grads["w"].at[2, 1].set(jnp.nan)}
+    expected, _ = tx.update(grads, state, params)
+    actual, state = tx.update(broken, state, params)
+    if not TABLE[name].couples:
+        np.testing.assert_array_equal(actual["w"][:, ::2], expected["w"][:, ::2])
+    assert jnp.isnan(actual["w"][2, 1])
+    longest = 2 * float(jnp.abs(expected["w"]).max())
+    for step in (actual, tx.update(grads, state, params)[0]):
+        assert not jnp.any(jnp.abs(step["w"]) > longest)  # NaN is not
+
+
+def test_lengths_of_nan():
+    x = {"w": jnp.array([[jnp.nan, 1.0], [1.0, 0.0]])}
+    y = {"w": jnp.ones((2, 2))}
+    for found in (
+        so.geometry.norm(x, so.Sphere()),
+        so.geometry.angle(x, y, so.Sphere()),
+        so.geometry.angle(y, x, so.Sphere()),
+        so.geometry.direction(x, so.Sphere()),
+        so.geometry.retract(x, y, so.Sphere()),
+        so.geometry.retract(y, x, so.Sphere()),
+    ):
+        assert jnp.isnan(found["w"][:, 0]).all()
+        assert not jnp.isnan(found["w"][:, 1]).any()

@@ -177,3 +177,15 @@ def test_prefix_and_callable_spheres():
     whole = geometry.norm(params, {"a": ONE, "b": {"c": ONE}})
     for spheres in (ONE, {"a": ONE, "b": ONE}, lambda params: ONE):
         assert jax.tree.all(jax.tree.map(jnp.array_equal, geometry.norm(params, spheres), whole))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_integers_beside_numbers():
+    x, q = {"w": jnp.array([[2], [0]])}, {"w": jnp.array([[5.0], [7.0]])}
+    np.testing.assert_array_equal(so.geometry.project(x, q, so.Sphere())["w"], [[0.0], [7.0]])
+    assert so.geometry.angle(q, x, so.Sphere())["w"] > 0
+
+
+def test_projection_at_zero_is_the_identity():
+    x, q = {"w": jnp.zeros((2, 1))}, {"w": jnp.array([[jnp.inf], [7.0]])}
+    np.testing.assert_array_equal(so.geometry.project(x, q, so.Sphere())["w"], q["w"])

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +214,20 @@ def test_muonh_without_a_matrix():
     tx = so.muonh(0.1, {"k": LAYER, "i": None})
     updates, _ = tx.update({"k": _normal(1, 6, 3), "i": None}, tx.init(x), x)
     assert updates["i"] is None
+
+
+def test_missing_updates_of_matrices():
+    """They leave their state as it is, also the momentum of a matrix."""
+    x, spheres = {"k": _normal(0, 6, 3), "l": _normal(1, 6, 3)}, {"k": LAYER, "l": LAYER}
+    for make in (so.muonh, so.adamh):
+        tx = make(0.1, spheres)
+        _, before = tx.update(x, tx.init(x), x)
+        updates, after = tx.update(x | {"k": None}, before, x)
+        assert updates["k"] is None
+        assert jnp.abs(updates["l"]).max() > 0
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+        again, _ = tx.update(x, after, x)
+        assert jnp.isfinite(again["k"]).all()
 
 
 def test_integers_and_other_dtypes_beside_bfloat16():

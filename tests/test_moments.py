@@ -111,12 +111,69 @@ class TestRms:
             expected = np.sqrt(v / (1 - 0.9 ** (k + 1)))
             np.testing.assert_allclose(denominator["w"][0], expected, rtol=1e-12)
 
+    def test_rescale_of_groups_that_are_zero(self):
+        """From zero the ratio is 1, and where a group becomes zero its average starts afresh."""
+        tx = so.rms(0.9, 0.0, FILTERS, rescale=True)
+        unit = _columns(0) / np.linalg.norm(_columns(0), axis=0)
+        radii = np.array([[0.0, 9.0, 0.0], [0.0, 0.0, 2.0], [3.0, 0.0, 2.0], [6.0, 5.0, 2.0]])
+        ratios = np.array([[1.0] * 3, [1.0] * 3, [1.0] * 3, [0.5, 1.0, 1.0]])
+        afresh = np.array([[False] * 3, [False, True, False], [False] * 3, [False] * 3])
+        state, v = tx.init(_tree(unit)), np.zeros(3)
+        for k, (radius, ratio, anew) in enumerate(zip(radii, ratios, afresh, strict=True)):
+            grads = _columns(k + 1) * [1.0, 1.0, k > 0]  # the third has none at first
+            denominator, state = tx.update(_tree(grads), state, _tree(radius * unit))
+            square = (grads**2).mean(0)
+            v = np.where(anew, square, 0.9 * ratio**2 * v + 0.1 * square)
+            expected = np.sqrt(v / (1 - 0.9 ** (k + 1)))
+            np.testing.assert_allclose(denominator["w"][0], expected, rtol=1e-12)
+
+    def test_rescale_of_what_is_not_finite(self):
+        """As without: it stays to be seen."""
+        tx, x = so.rms(0.9, 1e-8, FILTERS, rescale=True), _tree(5.0 * _columns(0))
+        state = tx.init(x)
+        for broken in (np.inf, 1.0):
+            grads = _columns(1)
+            grads[0, 1] *= broken
+            denominator, state = tx.update(_tree(grads), state, x)
+            assert np.isinf(denominator["w"][:, 1]).all()
+            assert np.isfinite(denominator["w"][:, ::2]).all()
+
+    @pytest.mark.parametrize("length", [0.0, 1e-170])
+    def test_nothing_to_divide_by(self, length):
+        """Neither eps nor, to working precision, a gradient: no step."""
+        for make in (so.adams, so.adamsrt):
+            tx, x = make(0.1, FILTERS, eps=0.0), _tree(_columns(0))
+            updates, _ = tx.update(_tree(length * _columns(1)), tx.init(x), x)
+            np.testing.assert_array_equal(updates["w"], 0.0)
+
+    def test_rescale_where_the_square_overflows(self):
+        """Weight decay alone, at a radius whose fourth power is no float32."""
+        tx = so.adamsrt(0.1, FILTERS, weight_decay=0.1)
+        x = _tree(1e15 * _columns(0), jnp.float32)
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, x), tx.init(x), x)
+        for leaf in jax.tree.leaves((updates, state)):
+            assert np.isfinite(leaf).all()
+        assert np.all(np.abs(updates["w"]) < np.abs(x["w"]))
+
     def test_state_is_per_group(self):
         state = so.rms(0.9, 1e-8, SPHERES, rescale=True).init(random_tree(0))
         assert {(1, 1, 1, 4), (1, 2), (2,), (1, 2, 1), (1, 1)} <= {
             leaf.shape for leaf in jax.tree.leaves(state)
         }
         assert (3, 3, 2, 4) not in {leaf.shape for leaf in jax.tree.leaves(state)}
+
+    @pytest.mark.usefixtures("standard_promotion")
+    @pytest.mark.parametrize("make", [so.adam, so.adamsrt, so.adamp, so.adamh, so.muonh])
+    def test_complex_numbers_off_the_spheres(self, make):
+        """|g|^2 as in Optax, not g^2."""
+        x = {"z": jnp.array([1 + 1j, 2.0]), "w": jnp.asarray(_columns(0))}
+        tx, expected = make(0.1, {"z": None, "w": so.Sphere()}), optax.adam(0.1)
+        state, other = tx.init(x), expected.init(x)
+        for g in (jnp.array([3j, 1 + 1j]), jnp.array([1.0, -2j])):
+            grads = {"z": g, "w": x["w"]}
+            updates, state = tx.update(grads, state, x)
+            theirs, other = expected.update(grads, other, x)
+            np.testing.assert_allclose(updates["z"], theirs["z"], rtol=1e-6)
 
     def test_unknown_reduction(self):
         with pytest.raises(ValueError, match="median"):
@@ -208,6 +265,51 @@ def test_quotient_feeds_both_and_divides():
     grads = {"w": jnp.asarray([1.0, 2.0, -4.0])}
     updates, _ = tx.update(grads, tx.init(grads), grads, unheard_of=1)
     np.testing.assert_allclose(updates["w"], [6.0, 3.0, -1.5])
+
+
+def test_quotient_where_nothing_is_below():
+    tx = so.quotient(
+        optax.identity(), optax.stateless(lambda g, _: jax.tree.map(jnp.zeros_like, g))
+    )
+    for dtype in (jnp.float32, jnp.float16, jnp.complex64):
+        grads = {"w": jnp.asarray([np.inf, 1.0, -2.0], dtype)}
+        np.testing.assert_array_equal(tx.update(grads, tx.init(grads))[0]["w"], 0.0)
+
+
+def test_arguments_and_functions_of_others():
+    """What is called like ours but is not, and a moment with another update."""
+    x = {"w": jnp.asarray(_columns(0), jnp.float32)}
+    moment, denominator = so.ema(0.9, FILTERS, transport=True), so.rms(0.9, 1e-8, FILTERS)
+    expected, _ = so.quotient(moment, denominator).update(
+        x, so.quotient(moment, denominator).init(x), x
+    )
+    for change in (
+        lambda tx: tx._replace(update=jax.jit(tx.update)),
+        optax.with_extra_args_support,
+    ):
+        tx = so.quotient(change(moment), change(denominator))
+        actual, _ = tx.update(x, tx.init(x), x)
+        np.testing.assert_allclose(actual["w"], expected["w"], rtol=1e-6)
+    for tx in (moment, denominator):
+        plain, _ = tx.update(x, tx.init(x), x)
+        other, _ = tx.update(x, tx.init(x), x, inner_products=jnp.ones(3))
+        np.testing.assert_array_equal(plain["w"], other["w"])
+
+
+@pytest.mark.usefixtures("x64")
+def test_quotient_shares_no_sums_with_what_is_inside_others():
+    """Of a moment inside a condition, what it summed is unknown outside."""
+    moment = so.ema(0.9, FILTERS, transport=True, rescale=True)
+    inside = optax.conditionally_transform(moment, lambda step: step >= 0)
+    denominator = so.rms(0.9, 1e-8, FILTERS, rescale=True)
+    x, results = _tree(_columns(0)), []
+    for a in (moment, inside, optax.chain(moment)):
+        tx = so.quotient(a, denominator)
+        state, update = tx.init(x), jax.jit(tx.update)
+        for seed in (1, 2):
+            updates, state = update(_tree(_columns(seed)), state, _tree(_columns(seed + 2)))
+        results.append(updates["w"])
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-12)
 
 
 def test_quotient_passes_extra_arguments_on():

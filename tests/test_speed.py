@@ -33,6 +33,11 @@ def test_run(tmp_path, monkeypatch, capsys):
     assert rows[speed.REFERENCE]["state_bytes"] == 2 * 4 * 3 * (144 + 8) + 4
     assert 0.5 < rows["so.adamsrt"]["state_ratio"] < 0.6
     assert all(row["milliseconds"] > 0 and row["compile_seconds"] > 0 for row in rows.values())
+    few = ["--model", "small", "--rounds", "1", "--only", "so.adamsrt", "--out", str(tmp_path)]
+    speed.main(few)
+    content = json.loads((tmp_path / "speed_few_small.json").read_text("utf-8"))
+    assert list(content["optimizers"]) == [speed.FLOOR, speed.REFERENCE, "so.adamsrt"]
+    assert content["command"].endswith("--only so.adamsrt")
     with pytest.raises(SystemExit):
         speed.main(["--model", "small", "--batch", "8"])
     assert "small are parameters without a network" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_fewer_operations():
 
 
 def test_nothing_to_stack_and_holes():
-    """A None among parameters or updates, and trees without two equal shapes."""
+    """A None among parameters, and trees without two equal shapes."""
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones(4), "hole": None, "c": jnp.ones((3, 2))}
     tx = so.stacked(lambda s: so.adamsrt(0.1, s), so.Sphere())
     updates, _ = tx.update(params, tx.init(params), params)
@@ -103,3 +103,21 @@ def test_errors_name_the_path():
     ):
         with pytest.raises(ValueError, match=message):
             so.stacked(lambda s: so.adamsrt(0.1, s), spheres).init(params)
+
+
+def test_a_missing_update_in_a_stack():
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2)), "c": jnp.ones(4)}
+    tx = so.stacked(lambda s: so.adamsrt(0.1, s), {"a": so.Sphere(), "b": so.Sphere(), "c": None})
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="a has no update, but lies in a stack"):
+        tx.update(params | {"a": None}, state, params)
+    assert tx.update(params | {"c": None}, state, params)[0]["c"] is None
+
+
+def test_names_with_slashes():
+    params = {"a/b": jnp.ones(3), "a": {"b": 2 * jnp.ones(4)}, "a~1b": jnp.ones(5)}
+    tx = so.stacked(lambda s: so.adam(0.1, s), None)
+    updates, _ = tx.update(params, tx.init(params), params)
+    jax.tree.map(
+        lambda u, x: np.testing.assert_allclose(u, -0.1 * jnp.ones_like(x), 1e-4), updates, params
+    )

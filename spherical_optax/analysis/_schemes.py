@@ -45,7 +45,6 @@ _NEUTRAL: dict[type, tuple[str, ...]] = {
     _adamp.TangentialState: (),
     _constraints.RetractState: ("kept",),
     _quotient.QuotientState: (),
-    _quotient.RmsState: ("kept",),
     _momentum.EmaState: ("kept",),
     _momentum.TraceState: ("kept",),
 }

@@ -166,7 +166,7 @@ def _momentum(
         return _per(eta, r * r * b - eta * ax)  # <c, u> = <a, x>
 
     rates = groups.scalars(
-        lambda r, b, ax: jnp.where(r > 0, rate(r, b, ax), 0.0),
+        lambda r, b, ax: jnp.where(r <= 0, 0.0, rate(r, b, ax)),
         radius,
         rms,
         geometry.dot(a, params, groups),

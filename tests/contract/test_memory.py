@@ -47,16 +47,29 @@ def test_state_is_half_of_adams(make):
     assert _bytes(state) <= 0.51 * _bytes(jax.eval_shape(optax.adam(1e-3).init, params))
 
 
-def test_step_needs_no_temporary_memory():
-    """With donated buffers AdamSRT works in place: no copy of a kernel at any time."""
+def _step(weight_decay):
+    """One step of AdamSRT with donated buffers, lowered."""
     params = _resnet18()
-    tx = so.adamsrt(1e-3, _spheres(params), weight_decay=1e-4)
+    tx = so.adamsrt(1e-3, _spheres(params), weight_decay=weight_decay)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = jax.eval_shape(tx.init, params)
-    compiled = step.lower(params, state, params).compile()
+    return step.lower(params, jax.eval_shape(tx.init, params), params)
+
+
+def test_step_needs_no_temporary_memory():
+    """With donated buffers AdamSRT works in place: no copy of a kernel at any time."""
+    compiled = _step(1e-4).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
+    program = compiled.as_text()
+    assert " copy(" not in program[program.index("ENTRY") :]
+
+
+@pytest.mark.parametrize(("weight_decay", "sums"), [(0.0, 3), (1e-4, 4)])
+def test_every_sum_is_there_once(weight_decay, sums):
+    """<g, g>, <m, x>, <x, x>, and with weight decay <g, x>: not one of them for both moments."""
+    kernels = sum(sphere is not None for sphere in _spheres(_resnet18()).values())
+    assert _step(weight_decay).as_text().count("stablehlo.reduce(") == sums * kernels
