@@ -59,6 +59,14 @@ def _sgd_like(optimizer: Callable[..., Any], **options: Any) -> Callable[..., An
     return build
 
 
+def _muonh(
+    learning_rate: optax.ScalarOrSchedule, spheres: Any, b2: float, weight_decay: float
+) -> Transformation:
+    """One sphere for every matrix that is made orthogonal, where other methods have one per filter."""
+    layers = jax.tree.map(lambda _: so.Sphere(()), spheres)
+    return so.muonh(learning_rate, layers, b2=b2, weight_decay=weight_decay)
+
+
 METHODS = {
     "adam": Method("Adam", _adam_like(so.adam)),
     "adamw": Method("AdamW†", _adamw_on_spheres),
@@ -69,4 +77,8 @@ METHODS = {
     "sgd": Method("SGD-M", _sgd_like(so.sgd, momentum=protocol.MOMENTUM)),
     "sgd_mrt": Method("SGD-MRT", _sgd_like(so.sgd_mrt, momentum=protocol.MOMENTUM)),
     "adamg_star": Method("AdamG*", _sgd_like(so.adamg_star)),
+    "adamp": Method("AdamP", _adam_like(so.adamp)),
+    "sgdp": Method("SGDP", _sgd_like(so.sgdp, momentum=protocol.MOMENTUM)),
+    "adamh": Method("AdamH", _adam_like(so.adamh)),
+    "muonh": Method("MuonH", _muonh),
 }

@@ -25,6 +25,10 @@ LEARNING_RATES = {
     "sgd": 1e-1,
     "sgd_mrt": 1e-1,
     "adamg_star": 1e-1,
+    "adamp": 1e-3,
+    "sgdp": 1e-2,
+    "adamh": 1e-3,  # radians per step, as for muonh
+    "muonh": 1e-3,
 }
 
 # (data set, model) -> optimizer -> (b2, weight decay); SGD has no b2.
@@ -94,7 +98,14 @@ _SEARCHED: dict[tuple[str, str], dict[str, tuple[float | None, float]]] = {
     },
 }
 # The paper publishes no column of its own for these: they start from a relative's.
-_SAME_AS = {"adamst": "adamsrt", "adamg_star": "sgd"}
+_SAME_AS = {
+    "adamst": "adamsrt",
+    "adamg_star": "sgd",
+    "adamp": "adamw",
+    "sgdp": "sgd",
+    "adamh": "adamw",
+    "muonh": "adamw",
+}
 _DEFAULT_COLUMN = ("cifar10", "resnet20")
 
 
@@ -121,23 +132,27 @@ COLUMNS = {
 }
 # In the order of the paper's table, and SGD-M.
 METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
+LATER = ("adamp", "sgdp", "adamh", "muonh")  # what others have published since
 
 # For columns without published values: the same multiples of the learning rate for every method, and two
-# L2 coefficients. AdamW's decay is not in the gradient: the paper's default, 1e-2, is 20 times its 5e-4.
+# L2 coefficients. A decay that is not in the gradient is 20 times as much, as the paper's default for
+# AdamW, 1e-2, is of its 5e-4; on a hyperball there is none.
 GRID_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_DECAYS = (6.25e-5, 5e-4)
-DECOUPLED = 20.0
+DECOUPLED = {"adamw": 20.0, "adamp": 20.0}
 GRID_SEED = 100  # not one of the table's; the grid never looks at the test images
 
 
 def grid(method: str, b2: float = 0.99) -> list["Hyperparameters"]:
-    scale = DECOUPLED if method == "adamw" else 1.0
+    decays = (0.0,) if method in ("adamh", "muonh") else GRID_DECAYS
     return [
         Hyperparameters(
-            rate * LEARNING_RATES[method], None if method == "sgd" else b2, scale * decay
+            rate * LEARNING_RATES[method],
+            None if method in ("sgd", "sgdp") else b2,
+            DECOUPLED.get(method, 1.0) * decay,
         )
         for rate in GRID_RATES
-        for decay in GRID_DECAYS
+        for decay in decays
     ]
 
 

@@ -9,14 +9,14 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks import claims, figures, protocol, report, table2, throughput
+from benchmarks import claims, figures, protocol, report, speed, table2, throughput
 from benchmarks.loop import Run
 from benchmarks.methods import METHODS
 from benchmarks.published import TABLE2
@@ -26,6 +26,8 @@ from benchmarks.sweep import Job, Store
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 OWN = "cifar10-16/resnet8"
+SPEED = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "small": "300 small arrays"}
+FEW = ("few_resnet18", "few_small")  # runs of AdamSRT beside two others
 
 
 class Study:
@@ -35,7 +37,7 @@ class Study:
         any_job = jobs[0]
         self.column, self.store = any_job.column, store
         args = SimpleNamespace(
-            methods=[name for name in protocol.METHODS if any(job.method == name for job in jobs)],
+            methods=[name for name in METHODS if any(job.method == name for job in jobs)],
             seeds=1 + max((job.seed for job in jobs if job.seed != protocol.GRID_SEED), default=-1),
             **{
                 name: getattr(any_job, name) for name in ("epochs", "batch_size", "images", "dtype")
@@ -55,14 +57,23 @@ class Study:
             f"{any_job.dtype}"
         )
         self.figure = table2.figure(store.folder, any_job)
+        methods = [job.method for job in [*self.grid, *self.jobs]]
+        methods = [] if set(methods) <= set(protocol.METHODS) else list(dict.fromkeys(methods))
         seeds = f" --seeds {args.seeds}" if args.seeds else ""
         self.command = (
-            f"python -m benchmarks.table2 --columns {self.column}{seeds} --epochs {args.epochs}"
+            f"python -m benchmarks.table2 --columns {self.column}"
+            + (f" --methods {' '.join(methods)}" if methods else "")
+            + f"{seeds} --epochs {args.epochs}"
             + ("" if args.images is None else f" --images {args.images}")
             + f" --batch-size {args.batch_size} --dtype {args.dtype}"
             + (" --grid" if self.grid else "")
             + " --data-dir DIR --out OUT"
         )
+
+    def rows(self) -> list[tuple[report.Result, Job]]:
+        """With a job each, for the values that all seeds share."""
+        first = {job.method: job for job in reversed(self.jobs)}
+        return [(result, first[result.name]) for result in self.results]
 
     def contents(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         return [found for job in jobs if (found := self.store.result(job))]
@@ -90,11 +101,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def accuracy_table(study: Study) -> str:
+def accuracy_table(study: Study, *more: tuple[report.Result, Job]) -> str:
     published = any(column == study.column for column, _ in TABLE2)
     rows = []
-    for result in study.results:
-        job = next(job for job in study.jobs if job.method == result.name)
+    for result, job in (*more, *study.rows()):
         rows.append(
             [
                 result.label,
@@ -131,16 +141,18 @@ def grid_table(study: Study) -> str:
     for name in dict.fromkeys(job.method for job in merits):
         cells = {job: Run(**found["run"]) for job, found in merits.items() if job.method == name}
         best = max(cells, key=lambda job: table2.merit(merits[job]))
-        texts = []
+        texts = {}
         for job, run in cells.items():
             epoch = run.best_epoch
             text = "diverged" if epoch is None else f"{run.validation_accuracy[epoch]:.2f}"
-            texts.append(f"**{text}**" if job == best else text)
-        factor = f"{protocol.LEARNING_RATES[name]:g} x"
-        rows.append([METHODS[name].label, factor, *texts])
-    cells = [
-        f"{rate:g}, {decay:g}" for rate in protocol.GRID_RATES for decay in protocol.GRID_DECAYS
-    ]
+            bold = f"**{text}**" if job == best else text
+            texts[job.learning_rate, job.weight_decay] = bold
+        row = [texts.get((rate, decay), "") for rate, _, decay in protocol.grid(name)]
+        if len(row) == len(protocol.GRID_RATES):  # without decay
+            row = [text for cell in row for text in (cell, "")]
+        rows.append([METHODS[name].label, f"{protocol.LEARNING_RATES[name]:g} x", *row])
+    rates = [f"{rate:g}" for rate in protocol.GRID_RATES]
+    cells = [f"{rate}, {decay:g}" for rate in rates for decay in protocol.GRID_DECAYS]
     return markdown(("method", "rate", *cells), rows)
 
 
@@ -159,18 +171,26 @@ def cost(study: Study) -> str:
     )
 
 
+def heading(study: Study) -> Iterator[str]:
+    yield f"### {study.title}"
+    yield f"```\n{study.command}\n```"
+    yield cost(study)
+
+
+def picture(study: Study) -> str:
+    return f"![Training loss of the methods]({study.figure.relative_to(HERE).as_posix()})"
+
+
 def table2_section(folder: Path = RESULTS / "table2") -> Iterator[str]:
     for study in studies(folder):
-        yield f"### {study.title}"
-        yield f"```\n{study.command}\n```"
-        yield cost(study)
+        yield from heading(study)
         if study.results:
             yield accuracy_table(study)
             yield (
                 "± is the standard deviation over the seeds (n - 1). "
                 + verdict(study.results).replace("\n", " ")
             )
-            yield f"![Training loss of the methods]({study.figure.relative_to(HERE).as_posix()})"
+            yield picture(study)
             yield (
                 "What the paper says (Section 4.2), and the same differences here, seed by seed, with "
                 "95 % intervals over the seeds (not corrected for their number). A claim about "
@@ -199,6 +219,51 @@ def throughput_section(folder: Path = RESULTS) -> Iterator[str]:
         yield markdown(throughput.HEADER, throughput.cells(ways))
 
 
+def later_section(
+    folder: Path = RESULTS / "later", beside: Path = RESULTS / "table2"
+) -> Iterator[str]:
+    for study in studies(folder):
+        yield from heading(study)
+        if study.results:
+            known = [
+                row
+                for other in studies(beside)
+                if other.title == study.title
+                for row in other.rows()
+            ]
+            rows = [row for row in known if row[0].name in ("adam", "adamsrt", "sgd")]
+            yield accuracy_table(study, *rows)
+            yield verdict([*(result for result, _ in rows), *study.results]).replace("\n", " ")
+            yield picture(study)
+        if study.grid:
+            yield grid_table(study)
+
+
+def speeds(folder: Path, models: Iterable[str] = SPEED) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"speed_{model}.json").read_text("utf-8")) for model in models]
+
+
+def speed_section(folder: Path = RESULTS) -> Iterator[str]:
+    for content in speeds(folder, (*FEW, *SPEED)):
+        device = content["environment"]["device"]
+        yield f"{content['title']} (`{content['command']}`; device: {device}):"
+        yield markdown(speed.HEADER, speed.cells(content["optimizers"]))
+
+
+def cost_section(folder: Path = RESULTS) -> Iterator[str]:
+    """The networks side by side, as ratios to the time of optax.adam."""
+    found = [content["optimizers"] for content in speeds(folder)]
+    rows = []
+    for name, row in found[0].items():
+        if name != speed.FLOOR:
+            state = f"{row['state_ratio']:.3f}"
+            memory = row["temporary_bytes"]
+            memory = "-" if memory is None else f"{memory / 2**20:.1f} MiB"
+            times = [f"{optimizers[name]['time_ratio']:.2f}" for optimizers in found]
+            rows.append([f"`{name}`" if "." in name.split()[0] else name, *times, state, memory])
+    yield markdown(("", *SPEED.values(), "state", "temporary memory"), rows)
+
+
 def own_section() -> Iterator[str]:
     for study in studies(RESULTS / "table2"):
         if study.column == OWN:
@@ -206,8 +271,13 @@ def own_section() -> Iterator[str]:
 
 
 PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
-    HERE / "README.md": {"table2": table2_section, "throughput": throughput_section},
-    HERE.parent / "README.md": {"column": own_section},
+    HERE / "README.md": {
+        "table2": table2_section,
+        "later": later_section,
+        "throughput": throughput_section,
+        "speed": speed_section,
+    },
+    HERE.parent / "README.md": {"column": own_section, "cost": cost_section},
 }
 
 
@@ -224,7 +294,7 @@ def render(page: Path, text: str) -> str:
 
 
 def main() -> int:
-    for study in studies(RESULTS / "table2"):
+    for study in (study for name in ("table2", "later") for study in studies(RESULTS / name)):
         if study.results:
             figures.training_loss_twice(study.results, study.column, study.figure)
     for page in PAGES:

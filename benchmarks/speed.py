@@ -1,6 +1,6 @@
 """What one optimizer step costs beside `optax.adam` in the same run: time, state, memory, compilation.
 
-    python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--out FOLDER]
+    python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--only NAME] [--out DIR]
 
 Every step is jitted, with donated buffers, and takes its turn of ten steps in every round: the ratios
 mean something on a noisy machine, the milliseconds do not. The floor of an optimizer is the time that
@@ -29,7 +29,7 @@ from benchmarks import report
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
 from benchmarks.spheres import filter_spheres
-from benchmarks.torch_steps import TorchStep, torch_steps
+from benchmarks.torch_steps import TorchStep, torch_environment, torch_steps
 from benchmarks.train import Parser, at_least
 
 LEARNING_RATE = 1e-3
@@ -48,15 +48,12 @@ def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTra
         **{
             f"so.{name}": make_optimizer(name, LEARNING_RATE, spheres, 0.999, weight_decay)
             for name in METHODS
-            if name != "adamw"  # made of the same blocks as so.adam
+            if name not in ("adamw", "muonh")  # the blocks of so.adam; matrix products
         },
         "so.stacked(so.adamsrt)": so.stacked(
             lambda s: so.adamsrt(LEARNING_RATE, s, weight_decay=weight_decay), spheres
         ),
-        "so.adamp": so.adamp(LEARNING_RATE, spheres, weight_decay=weight_decay),
         "so.adamp, guessing": so.adamp(LEARNING_RATE, weight_decay=weight_decay),
-        "so.sgdp": so.sgdp(LEARNING_RATE, spheres, weight_decay=weight_decay),
-        "so.adamh": so.adamh(LEARNING_RATE, spheres),
         f"so.track(optax.adam, every={EVERY})": so.track(adam, spheres, every=EVERY),
     }
 
@@ -162,6 +159,7 @@ def measure(
     rounds: int,
     weight_decay: float,
     gradient: Callable[[Any], Any] | None = None,
+    only: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
     params, grads = (
@@ -170,8 +168,9 @@ def measure(
     )
     contenders: dict[str, Step | TorchStep] = {}
     for name, tx in optimizers(spheres, weight_decay).items():
-        contenders[name] = Step(tx, params, grads, gradient)
-    if gradient is None:
+        if only is None or name in (REFERENCE, FLOOR, *only):
+            contenders[name] = Step(tx, params, grads, gradient)
+    if gradient is None and only is None:
         contenders |= torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
     for step in contenders.values():  # the first call touches memory for the first time
         step.run()
@@ -184,14 +183,16 @@ def measure(
         return 3 * _bytes(params) + 2 * step.state_bytes
 
     reference, floor = contenders[REFERENCE], contenders[FLOOR]
-    rate = statistics.median(floor.seconds) / bytes_moved(floor)
+    floor_seconds = statistics.median(floor.seconds)
     rows = {}
     for name, step in contenders.items():
         seconds = statistics.median(step.seconds)
         rows[name] = {
             "milliseconds": 1e3 * seconds,
             "time_ratio": seconds / statistics.median(reference.seconds),
-            "floor_ratio": seconds / (rate * bytes_moved(step)) if gradient is None else None,
+            "floor_ratio": None
+            if gradient is not None
+            else seconds / floor_seconds * (bytes_moved(floor) / bytes_moved(step)),
             "state_bytes": step.state_bytes,
             "state_ratio": step.state_bytes / reference.state_bytes,
             "temporary_bytes": step.temporary_bytes,
@@ -242,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight-decay", type=at_least(float, 0.0), default=0.0, help=help_text)
     help_text = "time whole training steps on this many images, not the optimizers alone"
     parser.add_argument("--batch", type=at_least(int, 1), help=help_text)
+    names = list(optimizers(None, 0.0))
+    help_text = "these beside optax.adam, and none of PyTorch's: fewer disturb each other less"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=help_text)
     help_text = "also write the numbers into this folder, as JSON"
     parser.add_argument("--out", type=Path, help=help_text)
     args = parser.parse_args(argv)
@@ -252,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in args.model:
         shapes, spheres = network(model)
         training = None if args.batch is None else gradient(model, args.batch)
-        rows = measure(shapes, spheres, args.rounds, args.weight_decay, training)
+        rows = measure(shapes, spheres, args.rounds, args.weight_decay, training, args.only)
         parameters = sum(x.size for x in jax.tree.leaves(shapes))
         what = "One step" if training is None else f"One training step with {args.batch} images"
         title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
@@ -262,9 +266,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             command = (
                 f"python -m benchmarks.speed --model {model} --rounds {args.rounds} "
                 f"--weight-decay {args.weight_decay:g}{batch}"
+                + (f" --only {' '.join(args.only)}" if args.only else "")
             )
-            path = args.out / f"speed_{'training_' if args.batch else ''}{model}.json"
-            about = {"command": command, "title": title, "environment": report.environment()}
+            kind = ("training_" if args.batch else "") + ("few_" if args.only else "")
+            path = args.out / f"speed_{kind}{model}.json"
+            environment = report.environment() | torch_environment()
+            about = {"command": command, "title": title, "environment": environment}
             report.write_json(path, about | {"optimizers": rows})
             print(f"written: {path}")
 

@@ -3,6 +3,7 @@
 import importlib
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -31,11 +32,23 @@ class TorchStep:
         self.seconds.append((time.perf_counter() - start) / self._every)
 
 
+LIBRARIES = ("torch", "adamp", "pytorch_optimizer", "geoopt")
+
+
+def torch_environment() -> dict[str, Any]:
+    """Versions of the libraries that are installed, and PyTorch's threads."""
+    torch = _found("torch")
+    if torch is None:
+        return {}
+    versions = {name: version(name) for name in LIBRARIES if _found(name)}
+    return versions | {"torch_threads": torch.get_num_threads()}
+
+
 def torch_steps(
     params: Any, grads: Any, spheres: Any, rate: float, weight_decay: float, every: int
 ) -> dict[str, TorchStep]:
     """Of every library that is installed."""
-    torch, adamp, other, geoopt = map(_found, ("torch", "adamp", "pytorch_optimizer", "geoopt"))
+    torch, adamp, other, geoopt = map(_found, LIBRARIES)
     if torch is None:
         return {}
 
