@@ -39,12 +39,14 @@ def abs_squared(x: Any) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
+@functools.partial(jax.jit, inline=True)
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, and 0 where b is 0."""
+    """a / b, and 0 where b is 0; but what is not finite shows."""
     # -0.0 is equal to 0.0, but another constant: XLA on a CPU orders the sums over groups, which start
-    # from 0.0, by who else has that constant, and sums of one array should follow one another.
+    # from 0.0, by who else has that constant, and sums of one array should follow one another. And b is
+    # replaced rather than the quotient: a choice within it would round differently from place to place.
     nothing = b == jnp.full_like(b, -0.0)
-    return jnp.where(nothing, jnp.full_like(a, -0.0), a / jnp.where(nothing, jnp.ones_like(b), b))
+    return a / jnp.where(nothing, jnp.full_like(b, jnp.inf), b)
 
 
 def scalar(value: Any, dtype: Any) -> Any:

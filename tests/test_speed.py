@@ -19,8 +19,8 @@ def test_parameters():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_run(tmp_path, monkeypatch, capsys):
-    few = {f"block{i}": (3, 3, 4, 4) for i in range(3)}
-    monkeypatch.setitem(speed.LISTED, "small", lambda: speed._with_norms(few))
+    kernels = {f"block{i}": (3, 3, 4, 4) for i in range(3)}
+    monkeypatch.setitem(speed.LISTED, "small", lambda: speed._with_norms(kernels))
     monkeypatch.setattr(
         speed, "optimizers", lambda *of, make=speed.optimizers: dict(list(make(*of).items())[:9])
     )

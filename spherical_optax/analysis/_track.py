@@ -146,10 +146,7 @@ def track(
 
         updates, inner_state = inner.update(grads, before, params, **extra_args)
         last = state[2:]
-        if every == 1:
-            seen = look(updates)
-            updates = _after(_moved(seen[3]), updates)
-        elif not isinstance(calls, Tracer):
+        if not isinstance(calls, Tracer):
             seen = look(updates) if now else last
         else:
             # Not the updates themselves: at every step they would have to be in memory.
