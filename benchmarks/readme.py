@@ -27,7 +27,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 OWN = "cifar10-16/resnet8"
 SPEED = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "small": "300 small arrays"}
-FEW = ("few_resnet18", "few_small")  # runs of AdamSRT beside two others
 
 
 class Study:
@@ -239,12 +238,12 @@ def later_section(
             yield grid_table(study)
 
 
-def speeds(folder: Path, models: Iterable[str] = SPEED) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"speed_{model}.json").read_text("utf-8")) for model in models]
+def speeds(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"speed_{model}.json").read_text("utf-8")) for model in SPEED]
 
 
 def speed_section(folder: Path = RESULTS) -> Iterator[str]:
-    for content in speeds(folder, (*FEW, *SPEED)):
+    for content in speeds(folder):
         device = content["environment"]["device"]
         yield f"{content['title']} (`{content['command']}`; device: {device}):"
         yield markdown(speed.HEADER, speed.cells(content["optimizers"]))

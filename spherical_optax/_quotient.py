@@ -174,7 +174,7 @@ def _arriving(kept: jax.Array, now: jax.Array, xx: jax.Array, began: Any) -> jax
     """r^2 v at the present radius, or v where it is zero, of what was kept at another."""
     zero, v = jnp.signbit(kept) | ~began, abs(kept)
     return jnp.where(
-        geometry.is_zero(xx),
+        geometry.vanishes(xx),
         jnp.where(zero, v, now),
         jnp.where(zero, _squared_radius_times(v, xx), v),
     )
@@ -188,7 +188,7 @@ def _squared_radius_times(v: jax.Array, xx: jax.Array) -> jax.Array:
 
 def _kept(nu: jax.Array, xx: jax.Array) -> jax.Array:
     """r^2 v, and -v where r is zero."""
-    return jnp.where(geometry.is_zero(xx), -nu, nu)
+    return jnp.where(geometry.vanishes(xx), -nu, nu)
 
 
 def _root(v: jax.Array) -> jax.Array:

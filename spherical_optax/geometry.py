@@ -310,17 +310,17 @@ def ratio(a: Any, b: Any, otherwise: float = 1.0) -> jax.Array:
 
     Here and below it is zero that is asked for, so that NaN stays NaN.
     """
-    return jnp.where(is_zero(b), otherwise, a / or_one(b))
+    return jnp.where(vanishes(b), otherwise, a / or_one(b))
 
 
-def is_zero(x: jax.Array) -> jax.Array:
+def vanishes(x: jax.Array) -> jax.Array:
     """Not positive, or so small that dividing by it overflows; NaN is not."""
     return x < (jnp.finfo(x.dtype).tiny if jnp.issubdtype(x.dtype, jnp.floating) else 1)
 
 
 def or_one(x: jax.Array) -> jax.Array:
     """x, and 1 where that is zero: what can be divided by."""
-    return jnp.where(is_zero(x), 1.0, x)
+    return jnp.where(vanishes(x), 1.0, x)
 
 
 def change(before: Any, now: Any, groups: Groups) -> Any:
@@ -343,7 +343,7 @@ def without_radial(point: Any, vectors: Any, qx: Any, xx: Any, groups: Groups) -
 
 def sqrt(x: jax.Array) -> jax.Array:
     """Zero at zero in value and gradient, as all lengths here."""
-    return jnp.where(is_zero(x), 0.0, jnp.sqrt(or_one(x)))
+    return jnp.where(vanishes(x), 0.0, jnp.sqrt(or_one(x)))
 
 
 def _float(x: Any) -> Any:
