@@ -5,6 +5,7 @@ its parameter stays as it is.
 """
 
 import functools
+import reprlib
 from typing import Any
 
 import jax
@@ -45,6 +46,9 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     # -0.0 is equal to 0.0, but another constant: XLA on a CPU orders the sums over groups, which start
     # from 0.0, by who else has that constant, and sums of one array should follow one another. And b is
     # replaced rather than the quotient: a choice within it would round differently from place to place.
+    if not jnp.issubdtype(b.dtype, jnp.inexact):
+        b = b.astype(jnp.result_type(float))
+        a = a.astype(b.dtype)
     nothing = b == jnp.full_like(b, -0.0)
     return a / jnp.where(nothing, jnp.full_like(b, jnp.inf), b)
 
@@ -52,6 +56,26 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
 def scalar(value: Any, dtype: Any) -> Any:
     """A hyper-parameter for arrays of this dtype: Python numbers are weakly typed already."""
     return value if type(value) in (int, float) else jnp.asarray(value, dtype)
+
+
+def is_transformation(caller: str, tx: Any) -> Any:
+    """The transformation, and one error for what is none."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(
+            f"{caller}: {reprlib.repr(tx)} is no optax.GradientTransformation, such as "
+            "optax.scale_by_adam() or so.ema(0.9)"
+        )
+    return tx
+
+
+def decay_rate(caller: str, value: Any) -> Any:
+    """The rate of decay; no transformation of Optax takes a schedule for it either."""
+    if callable(value):
+        raise ValueError(
+            f"{caller}: the rate of decay is {value!r}, not a number; for a schedule, "
+            "optax.inject_hyperparams(so.adamp, static_args='spheres')(1e-3, spheres, b1=schedule)"
+        )
+    return value
 
 
 def not_schedule(caller: str, value: Any) -> Any:

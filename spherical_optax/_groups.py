@@ -150,7 +150,9 @@ class Groups:
     def mean(self, sums: Any) -> Any:
         """Group-sized sums over the number of coordinates of each group."""
         columns = self._columns((sums,))
-        return self._unflatten([None if leaf is None else s / leaf.size for leaf, s in columns])
+        return self._unflatten(
+            [None if leaf is None else s / max(leaf.size, 1) for leaf, s in columns]
+        )
 
     def choose(self, on: Any, off: Any) -> Any:
         """The leaves of `on` on the spheres, those of `off` elsewhere."""

@@ -6,7 +6,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from spherical_optax._arithmetic import cast_like, given
+from spherical_optax._arithmetic import cast_like, given, is_transformation
 from spherical_optax._constraints import decay_off, normalize, retract
 from spherical_optax._groups import Leaf, accurate, replicated, resharded
 from spherical_optax._momentum import ema
@@ -33,9 +33,9 @@ def hyperball(
     nothing left to do there.
 
     Args:
-      inner: what gives the direction, without a learning rate: `optax.scale_by_adam()`,
-        `optax.scale_by_lion()`, `optax.identity()`, or with transported momentum
-        `so.ema(0.9, spheres, transport=True)`.
+      inner: what gives the direction, without a learning rate, whose sign would turn it:
+        `optax.scale_by_adam()` and not `optax.adam(1e-3)`, `optax.scale_by_lion()`, `optax.identity()`,
+        or with transported momentum `so.ema(0.9, spheres, transport=True)`.
       learning_rate: eta, a number or a schedule.
       spheres: how the leaves split into groups; the rest, and groups of one coordinate, take
         `inner`'s updates as they are, times -eta. `so.Sphere(())` is a whole matrix, as published;
@@ -49,8 +49,8 @@ def hyperball(
       "initial".
 
     Raises:
-      ValueError: if `radius` is none of these, if `spheres` does not fit the parameters; in `update`,
-        if `params` is missing.
+      ValueError: if `inner` is no transformation or `radius` none of these, if `spheres` does not fit
+        the parameters; in `update`, if `params` is missing.
 
     >>> tx = so.hyperball(optax.scale_by_sign(), 0.1, so.Sphere(()))
     >>> params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 0.0]])}
@@ -63,7 +63,7 @@ def hyperball(
     optimization" (2026).
     """
     return optax.chain(
-        inner,
+        is_transformation("hyperball", inner),
         normalize(spheres),
         optax.scale_by_learning_rate(learning_rate),
         retract(spheres, radius),

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import cast_like, decayed, given, l2_now, mix, output, scalar
+from spherical_optax._arithmetic import (
+    cast_like,
+    decay_rate,
+    decayed,
+    given,
+    l2_now,
+    mix,
+    output,
+    scalar,
+)
 from spherical_optax._arithmetic import debias as unbias
 from spherical_optax._groups import Groups
 from spherical_optax._products import Products, known, sharing
@@ -73,8 +82,8 @@ def ema(
       `rescale` one number per group.
 
     Raises:
-      ValueError: in `init` and `update` if `spheres` does not fit, in `update` if `params` is
-        missing and needed.
+      ValueError: if `decay` is a schedule, in `init` and `update` if `spheres` does not fit, in
+        `update` if `params` is missing and needed.
 
     >>> tx = optax.chain(so.ema(0.9, so.Sphere(), transport=True, rescale=True), optax.scale(-0.1))
     >>> params = {"kernel": jnp.ones((4, 2))}
@@ -84,7 +93,7 @@ def ema(
 
     Source: [19]; the radial part of m is dropped, as in the authors' released code.
     """
-    momentum = _Momentum(decay, 1 - decay, spheres, transport, rescale)
+    momentum = _Momentum(decay_rate("ema", decay), 1 - decay, spheres, transport, rescale)
 
     def init(params):
         mu = optax.tree.zeros_like(params, dtype=accumulator_dtype)
@@ -131,8 +140,8 @@ def trace(
       A `GradientTransformationExtraArgs`. State as that of `ema`, without the count.
 
     Raises:
-      ValueError: in `init` and `update` if `spheres` does not fit, in `update` if `params` is
-        missing and needed.
+      ValueError: if `decay` is a schedule, in `init` and `update` if `spheres` does not fit, in
+        `update` if `params` is missing and needed.
 
     >>> tx = so.trace(0.9)
     >>> params = {"kernel": jnp.ones(2)}
@@ -144,7 +153,7 @@ def trace(
 
     Source: [6] and [19]; the radial part of m is dropped, as in the authors' released code.
     """
-    momentum = _Momentum(decay, 1, spheres, transport, rescale)
+    momentum = _Momentum(decay_rate("trace", decay), 1, spheres, transport, rescale)
 
     def init(params):
         sums = optax.tree.zeros_like(params, dtype=accumulator_dtype)

@@ -11,9 +11,11 @@ from spherical_optax._arithmetic import (
     abs_squared,
     cast_like,
     debias,
+    decay_rate,
     decayed,
     divide,
     given,
+    is_transformation,
     l2_now,
     mix,
     output,
@@ -50,8 +52,9 @@ def rms(
 
     v_k = decay (r_{k-1} / r_k)^2 v_{k-1} + (1 - decay) d^{-1} ||g_k + lambda x_k||^2 per group of d
     coordinates, and sqrt(v_k / (1 - decay^{k+1})) + eps comes out, in the shape of the updates [20].
-    Off the spheres v is element-wise [8]. The ratio of radii is there with `rescale`: then r^2 v is
-    kept, by Lemma 1 the average square of gradients on the unit sphere, which needs no ratio.
+    Off the spheres v is element-wise [8], and its root has no derivative at zero, as in Optax. The ratio
+    of radii is there with `rescale`: then r^2 v is kept, by Lemma 1 the average square of gradients on the
+    unit sphere, which needs no ratio.
 
     Args:
       decay: rate of decay (b2).
@@ -68,8 +71,8 @@ def rms(
       float32, v or with `rescale` r^2 v; elsewhere v like the parameters.
 
     Raises:
-      ValueError: if `reduce` is unknown, in `init` and `update` if `spheres` does not fit, in `update`
-        if `params` is missing and `rescale` or `weight_decay` needs it.
+      ValueError: if `reduce` is unknown or `decay` a schedule, in `init` and `update` if `spheres`
+        does not fit, in `update` if `params` is missing and `rescale` or `weight_decay` needs it.
 
     >>> tx = so.rms(0.99, spheres=so.Sphere())
     >>> g = {"kernel": jnp.array([[3.0], [4.0]])}
@@ -79,6 +82,7 @@ def rms(
 
     Source: [8], [9] and [20].
     """
+    decay = decay_rate("rms", decay)
     if reduce not in ("mean", "sum"):
         raise ValueError(f"rms: reduce is {reduce!r}, not 'mean' or 'sum'")
 
@@ -144,7 +148,7 @@ def quotient(
       A `GradientTransformationExtraArgs` with the states of both.
 
     Raises:
-      ValueError: what `a` and `b` raise.
+      ValueError: if `a` or `b` is no transformation, and what they raise.
 
     >>> tx = so.quotient(so.ema(0.9), so.rms(0.999))  # optax.scale_by_adam()
     >>> g = {"kernel": jnp.array([-2.0, 0.0, 5.0])}
@@ -153,7 +157,7 @@ def quotient(
 
     Source: the generic scheme, [3] and [4].
     """
-    a, b = optax.with_extra_args_support(a), optax.with_extra_args_support(b)
+    a, b = (optax.with_extra_args_support(is_transformation("quotient", tx)) for tx in (a, b))
     share = shares(a) and shares(b)
 
     def init(params):

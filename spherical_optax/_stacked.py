@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,8 +42,8 @@ def stacked(
       A `GradientTransformationExtraArgs`. State: that of the optimizer, for stacks.
 
     Raises:
-      ValueError: in `init` and `update`, if `spheres` does not fit the parameters; in `update`, if a
-        parameter in a stack has no update.
+      ValueError: if `make` is no function; in `init` and `update`, if `spheres` does not fit the
+        parameters; in `update`, if a parameter in a stack has no update.
 
     >>> params = {f"conv{i}": jnp.ones((3, 3, 4, 4)) for i in range(9)}
     >>> tx = so.stacked(lambda spheres: so.adamsrt(0.1, spheres), so.Sphere())
@@ -54,6 +55,12 @@ def stacked(
 
     Source: `optax.flatten` does the same to element-wise optimizers, with one vector.
     """
+
+    if not callable(make):
+        raise ValueError(
+            f"stacked: {reprlib.repr(make)} is not a function from spheres to an optimizer; write "
+            "stacked(lambda spheres: so.adamsrt(1e-3, spheres), spheres)"
+        )
 
     def plan(tree: Any) -> tuple[dict[Any, list[Path]], dict[Path, Sphere | None]]:
         """The paths that go into one stack, and the spheres of all."""

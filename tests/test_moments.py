@@ -329,3 +329,30 @@ def test_quotient_passes_extra_arguments_on():
     grads = {"w": jnp.asarray([1.0, 2.0])}
     updates, _ = tx.update(grads, tx.init(grads), grads, factor=3.0)
     np.testing.assert_allclose(updates["w"], [3.0, 6.0])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_integers_are_divided_by_nothing():
+    """An integer among the parameters, whose moments are rounded to 0: it stays, without a warning."""
+    params = {"n": jnp.asarray([0, 1, 4], jnp.int32)}
+    tx = so.adam(0.1)
+    np.testing.assert_array_equal(tx.update(params, tx.init(params), params)[0]["n"], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: so.quotient(0.9, 0.99), "quotient: 0.9 is no optax.GradientTransformation"),
+        (lambda: so.hyperball(0.1, optax.scale_by_adam(), FILTERS), "hyperball: 0.1 is no"),
+        (lambda: so.stacked(so.adamsrt(0.1, FILTERS), FILTERS), "stacked: .* is not a function"),
+        (lambda: so.adamp(0.1, FILTERS, optax.constant_schedule(0.9)), "ema: .*inject_hyperparams"),
+        (lambda: so.adamp(0.1, b2=optax.constant_schedule(0.9)), "rms: .*inject_hyperparams"),
+        (
+            lambda: so.sgdp(0.1, FILTERS, optax.constant_schedule(0.9)),
+            "trace: .*inject_hyperparams",
+        ),
+    ],
+)
+def test_what_is_no_transformation_and_no_number(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -104,6 +104,14 @@ def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list
     return found
 
 
+def _if_scalar(own: Any, real: Any) -> Any:
+    """The real one if it is one number, in the precision of its place: a parameter may be one too."""
+    if jnp.ndim(real):
+        return own
+    inexact = all(jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in (own, real))
+    return jnp.asarray(real, jnp.result_type(own)) if inexact else real
+
+
 def respond(
     tx: optax.GradientTransformation,
     params: Any,
@@ -115,7 +123,7 @@ def respond(
     tiny = _tiny(params, groups)
     grads, first, second = (_tiny(params, groups, v) for v in (_GRADS, _FIRST, _SECOND))
     # Counts, hyperparameters and whatever else is one number are those of the step in question.
-    scalars = jax.tree.map(lambda t, s: s if jnp.ndim(s) == 0 else t, tx.init(tiny), state)
+    scalars = jax.tree.map(_if_scalar, tx.init(tiny), state)
     updates, after = tx.update(grads, _fill(scalars, first, second), tiny)
     columns = ([x for _, x in _leaves(updates)], *moments_of(after, tiny))
 

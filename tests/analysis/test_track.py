@@ -696,3 +696,20 @@ class TestSummary:
         assert "conv" in text
         assert "unknown" in text
         assert "angle, rad" in text
+
+
+def test_scalar_and_empty_parameters():
+    """A moment that is one number, in another precision than where it is tried; no number at all."""
+    params = {"w": jnp.ones((3, 2), jnp.bfloat16), "s": jnp.ones((), jnp.bfloat16)}
+    spheres = {"w": so.Sphere(), "s": None}
+    _tracked_is_untracked(optax.sgd(0.1, momentum=0.9), params, spheres)
+    params = {"w": jnp.ones((3, 2)), "e": jnp.zeros((0, 3))}
+    with jax.debug_nans(True):
+        _tracked_is_untracked(so.adamsrt(0.1, so.Sphere()), params, so.Sphere())
+
+
+def _tracked_is_untracked(tx, params, spheres):
+    tracked = so.track(tx, spheres)
+    expected, _ = tx.update(params, tx.init(params), params)
+    actual, _ = tracked.update(params, tracked.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
