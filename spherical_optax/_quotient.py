@@ -53,8 +53,8 @@ def rms(
     v_k = decay (r_{k-1} / r_k)^2 v_{k-1} + (1 - decay) d^{-1} ||g_k + lambda x_k||^2 per group of d
     coordinates, and sqrt(v_k / (1 - decay^{k+1})) + eps comes out, in the shape of the updates [20].
     Off the spheres v is element-wise [8], and its root has no derivative at zero, as in Optax. The ratio
-    of radii is there with `rescale`: then r^2 v is kept, by Lemma 1 the average square of gradients on the
-    unit sphere, which needs no ratio.
+    of radii is there with `rescale`: then r^2 v is kept, by Lemma 1 the average square of gradients on
+    the unit sphere, which needs no ratio.
 
     Args:
       decay: rate of decay (b2).
