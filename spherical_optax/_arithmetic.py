@@ -58,33 +58,34 @@ def scalar(value: Any, dtype: Any) -> Any:
     return value if type(value) in (int, float) else jnp.asarray(value, dtype)
 
 
-def is_transformation(caller: str, tx: Any) -> Any:
+def is_transformation(
+    caller: str,
+    tx: Any,
+    wrong: str = "is no optax.GradientTransformation, such as optax.scale_by_adam() or so.ema(0.9)",
+) -> Any:
     """The transformation, and one error for what is none."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise ValueError(
-            f"{caller}: {reprlib.repr(tx)} is no optax.GradientTransformation, such as "
-            "optax.scale_by_adam() or so.ema(0.9)"
-        )
+        raise ValueError(f"{caller}: {reprlib.repr(tx)} {wrong}")
     return tx
+
+
+def not_schedule(
+    caller: str, value: Any, instead: str = "give its value at the step, schedule(count)"
+) -> Any:
+    """The value; a schedule has none of its own."""
+    if callable(value):
+        raise ValueError(f"{caller}: {value!r} is a schedule; {instead}")
+    return value
 
 
 def decay_rate(caller: str, value: Any) -> Any:
     """The rate of decay; no transformation of Optax takes a schedule for it either."""
-    if callable(value):
-        raise ValueError(
-            f"{caller}: the rate of decay is {value!r}, not a number; for a schedule, "
-            "optax.inject_hyperparams(so.adamp, static_args='spheres')(1e-3, spheres, b1=schedule)"
-        )
-    return value
-
-
-def not_schedule(caller: str, value: Any) -> Any:
-    """The value; a schedule has none of its own."""
-    if callable(value):
-        raise ValueError(
-            f"{caller}: {value!r} is a schedule; give its value at the step, schedule(count)"
-        )
-    return value
+    return not_schedule(
+        caller,
+        value,
+        "for one of a rate of decay, "
+        "optax.inject_hyperparams(so.adamp, static_args='spheres')(1e-3, spheres, b1=schedule)",
+    )
 
 
 def is_zero(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """Sees what any optimizer does on the spheres, and changes nothing in it."""
 
 import functools
-import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import optax
 from jax.core import Tracer
 
 from spherical_optax import geometry
-from spherical_optax._arithmetic import divide, given
+from spherical_optax._arithmetic import divide, given, is_transformation
 from spherical_optax._groups import Groups, accurate
 from spherical_optax._spheres import Spheres, match
 from spherical_optax.analysis import _schemes
@@ -85,10 +84,7 @@ def track(
 
     Source: Theorem 2, [11], [12] and [14].
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise ValueError(
-            f"track: {reprlib.repr(tx)} is no optimizer; write track(optax.adam(1e-3), spheres)"
-        )
+    is_transformation("track", tx, "is no optimizer; write track(optax.adam(1e-3), spheres)")
     if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1:
         raise ValueError(f"track: every is {every!r}, not a positive integer")
     if reduce is not None and not callable(reduce):
