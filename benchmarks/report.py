@@ -15,9 +15,10 @@ import jax
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+import spherical_optax as so
 from benchmarks.loop import Run
 
-PACKAGES = ("spherical_optax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,28 @@ def outcome(run: Run) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
+    """What a result depends on beside its recipe and the commit."""
     return {
         "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "float32_products": float32_products(),
         # With another number of them XLA on a CPU sums in another order.
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
+        "spherical_optax": so.__version__,
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def float32_products() -> str:
+    """In what precision convolutions and matrix products of float32 arrays are computed."""
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None and jax.default_backend() == "gpu":
+        return "tensorfloat32"  # what XLA takes on NVIDIA's tensor cores, unless told otherwise
+    return chosen or "float32"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,7 +10,6 @@ installed, they take part. Without --batch the optimizers run alone; with it as 
 forward and backward pass included, on as many random images.
 """
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +27,11 @@ import spherical_optax as so
 from benchmarks import report
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
-from benchmarks.spheres import filter_spheres
+from benchmarks.parameters import IMAGE, LISTED, network
 from benchmarks.torch_steps import TorchStep, torch_environment, torch_steps
 from benchmarks.train import Parser, at_least
 
 LEARNING_RATE = 1e-3
-IMAGE = (32, 32, 3)
 EVERY = 10  # steps in a row, of which `track` measures one
 REFERENCE, FLOOR = "optax.adam", "x + c g"
 
@@ -97,45 +95,6 @@ class Step:
 
 def _bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-def resnet50() -> dict[str, Any]:
-    """The parameters of the ImageNet network, by name: convolutions, BatchNorm, classifier."""
-    convolutions, inputs = {"stem": (7, 7, 3, 64)}, 64
-    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
-        for block in range(blocks):
-            name = f"stage{stage}_block{block}"
-            convolutions[f"{name}/reduce"] = (1, 1, inputs, width)
-            convolutions[f"{name}/conv"] = (3, 3, width, width)
-            convolutions[f"{name}/expand"] = (1, 1, width, 4 * width)
-            if block == 0:
-                convolutions[f"{name}/shortcut"] = (1, 1, inputs, 4 * width)
-            inputs = 4 * width
-    return _with_norms(convolutions) | {"head/kernel": (2048, 1000), "head/bias": (1000,)}
-
-
-def small() -> dict[str, Any]:
-    """300 small arrays."""
-    return _with_norms({f"block{i}": (3, 3, 16, 16) for i in range(100)})
-
-
-def _with_norms(convolutions: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    norms = {f"{k}/{part}": (s[-1],) for k, s in convolutions.items() for part in ("scale", "bias")}
-    return {f"{k}/kernel": s for k, s in convolutions.items()} | norms
-
-
-def network(model: str) -> tuple[Any, Any]:
-    """Shapes of the parameters, and their spheres."""
-    if model in LISTED:
-        listed = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in LISTED[model]().items()}
-        return listed, so.spheres_where(listed, lambda path, x: x.ndim == 4)
-    images = jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)
-    init = functools.partial(MODELS[model](10).init, train=False)
-    shapes = jax.eval_shape(init, jax.random.key(0), images)["params"]
-    return shapes, filter_spheres(MODELS[model](10), IMAGE)
-
-
-LISTED = {"resnet50": resnet50, "small": small}
 
 
 def gradient(model: str, batch: int) -> Callable[[Any], Any]:

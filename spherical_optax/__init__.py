@@ -6,8 +6,6 @@ parameters live on spheres, `adamsrt` and its siblings for optimizers, `ema`, `r
 building blocks to make your own.
 """
 
-from importlib.metadata import version
-
 from spherical_optax import analysis, geometry
 from spherical_optax._adamg_star import adamg_star
 from spherical_optax._adamp import adamp, sgdp
@@ -31,7 +29,7 @@ from spherical_optax._spheres import Sphere, spheres_where
 from spherical_optax._stacked import stacked
 from spherical_optax.analysis import track
 
-__version__ = version("spherical_optax")
+__version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",

@@ -6,13 +6,15 @@ import math
 import jax
 import pytest
 
-from benchmarks import speed
+from benchmarks import parameters, speed
 
 
 def test_parameters():
-    assert sum(map(math.prod, speed.resnet50().values())) == 25_557_032
-    assert len(speed.small()) == 300
-    shapes, spheres = speed.network("small")
+    assert sum(map(math.prod, parameters.resnet50().values())) == 25_557_032
+    assert sum(map(math.prod, parameters.gpt2().values())) == 124_439_808
+    assert len(parameters.gpt2()) == 148
+    assert len(parameters.small()) == 300
+    shapes, spheres = parameters.network("small")
     assert sum(s is not None for s in spheres.values()) == 100
     assert shapes["block7/kernel"].shape == (3, 3, 16, 16)
 
@@ -20,7 +22,7 @@ def test_parameters():
 @pytest.mark.usefixtures("standard_promotion")
 def test_run(tmp_path, monkeypatch, capsys):
     kernels = {f"block{i}": (3, 3, 4, 4) for i in range(3)}
-    monkeypatch.setitem(speed.LISTED, "small", lambda: speed._with_norms(kernels))
+    monkeypatch.setitem(parameters.LISTED, "small", lambda: parameters._with_norms(kernels))
     monkeypatch.setattr(
         speed, "optimizers", lambda *of, make=speed.optimizers: dict(list(make(*of).items())[:9])
     )
@@ -47,7 +49,7 @@ def test_run(tmp_path, monkeypatch, capsys):
 def test_torch_steps():
     """On the same parameters, where PyTorch is installed."""
     pytest.importorskip("torch")
-    shapes, spheres = speed.network("small")
+    shapes, spheres = parameters.network("small")
     params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), shapes)
     steps = speed.torch_steps(params, params, spheres, 1e-3, 0.0, 2)
     assert len(steps) >= 3
