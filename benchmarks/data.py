@@ -69,6 +69,15 @@ SOURCES = {
 }
 
 
+# Training and test images of those that are not at hand without a download.
+SIZES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "svhn_cropped": (73_257, 26_032),
+    "cifar10-16": (50_000, 10_000),
+}
+
+
 def fingerprint(data: Dataset) -> str:
     """What tells data sets apart that have the same name: SHA-256 of all images and labels."""
     digest = hashlib.sha256()
@@ -88,7 +97,24 @@ def load(name: str, data_dir: Path | None = None, limit: int | None = None) -> D
     train, test = (
         _averaged(split, source) for split in _read(SOURCES[source.of or name], data_dir)
     )
-    train = Split(*(array[:limit] for array in train))
+    return _with_validation(source, Split(*(array[:limit] for array in train)), test)
+
+
+def random_images(name: str) -> Dataset:
+    """Noise with as many images as the data set has: enough to compile, and to measure speed."""
+    source = SOURCES[name]
+    if name == "digits":
+        return load(name)
+    rng = np.random.default_rng(0)
+
+    def noise(n: int) -> Split:
+        images = rng.integers(0, 256, (n, *source.shape), np.uint8)
+        return Split(images, rng.integers(0, source.num_classes, n, np.int32))
+
+    return _with_validation(source, *map(noise, SIZES[name]))
+
+
+def _with_validation(source: Source, train: Split, test: Split) -> Dataset:
     held_out = max(1, round(VALIDATION_FRACTION * len(train.labels)))
     validation, train = _shuffled_parts(train, held_out)
     return Dataset(source, train, validation, test)

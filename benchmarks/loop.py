@@ -1,4 +1,4 @@
-"""The training loop: one compiled job per optimizer, run once per seed.
+"""The training loop: one compiled program per optimizer, for all seeds, learning rates and decays.
 
 Images stay in device memory; shuffling and augmentation are part of the compiled code. An
 accelerator gets one call per epoch (a scan over the steps); a CPU gets one call per step, because
@@ -11,7 +11,7 @@ the same, but for rounding, on any number of devices.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,8 @@ from benchmarks.augment import normalize, random_crop_and_flip
 from benchmarks.data import DataError, Dataset, Source, Split
 
 EVALUATION_BATCH = 400
+
+Hyperparams = Mapping[str, float]
 
 
 class State(NamedTuple):
@@ -106,7 +108,9 @@ def count_correct(
 class Trainer:
     """Compiles `tx` on `model` and `data` once; every `run` trains one seed from scratch.
 
-    `devices` of JAX share each batch; by default, the first one has it all.
+    If `tx` is made by `optax.inject_hyperparams`, its hyper-parameters are arguments of the compiled
+    program, and every run may have its own. `devices` of JAX share each batch; by default, the first one
+    has it all.
     """
 
     def __init__(
@@ -150,11 +154,26 @@ class Trainer:
         plan = jax.eval_shape(partial(self.plan, 0, 0))
         return train.lower(self.shapes(), *self.train, plan, *index).compile()
 
-    def init(self, seed: int) -> State:
-        """Where a run starts: the same for every method."""
+    def init(self, seed: int, hyperparams: Hyperparams | None = None) -> State:
+        """Where a run starts: the same parameters for every method.
+
+        `hyperparams` replaces those that `optax.inject_hyperparams` put into the optimizer's state.
+        """
         variables = init_variables(self.model, self.source.shape, seed, self.replicated)
         params = variables["params"]
-        return State(params, variables["batch_stats"], self._init_tx(params))
+        opt_state = self._init_tx(params)
+        if hyperparams is not None:
+            opt_state = opt_state._replace(hyperparams=self._placed(hyperparams, opt_state))
+        return State(params, variables["batch_stats"], opt_state)
+
+    def _placed(self, hyperparams: Hyperparams, opt_state: Any) -> dict[str, jax.Array]:
+        if hyperparams.keys() != opt_state.hyperparams.keys():
+            names = " and ".join(opt_state.hyperparams)
+            raise ValueError(f"compiled for any {names}, not for any {' and '.join(hyperparams)}")
+        return {
+            name: _place(np.asarray(hyperparams[name], like.dtype), self.replicated)
+            for name, like in opt_state.hyperparams.items()
+        }
 
     def shapes(self) -> State:
         """What a state looks like, and where it is."""
@@ -169,14 +188,16 @@ class Trainer:
         on_epoch: Callable[[Run, State], None] = lambda run, state: None,
         resume: tuple[Run, State] | None = None,
         test: Literal["best", "every", "never"] = "best",
+        hyperparams: Hyperparams | None = None,
     ) -> Run:
         """Trains up to `epochs` epochs; `on_epoch` sees the run so far and its state.
 
         `test` says when to look at the test images: where validation is at its best so far, after
         every epoch, or never.
         `resume` is what `on_epoch` has seen before: from there, the run goes on as if never interrupted.
+        `hyperparams` are those of this run, if the optimizer has them in its state.
         """
-        run, state = resume or (Run(seed), self.init(seed))
+        run, state = resume or (Run(seed), self.init(seed, hyperparams))
         for epoch in range(len(run.train_loss), epochs):
             state, losses, step_time = self.train_epoch(state, seed, epoch)
             run.train_loss.append(float(losses.mean()))
@@ -189,6 +210,16 @@ class Trainer:
             run.test_accuracy.append(self._accuracy(state, self.test) if look else None)
             on_epoch(run, state)
         return run
+
+    def images_per_second(self, epochs: int) -> float:
+        """In the fastest of some epochs; one before them touches memory for the first time."""
+        state = self.init(0)
+        self._accuracy(state, self.validation[:1])  # is compiled too
+        times = []
+        for epoch in range(1 + epochs):
+            state, _, step_time = self.train_epoch(state, 0, epoch)
+            times.append(step_time)
+        return self.batch_size / min(times[1:])
 
     def plan(self, seed: int, epoch: int) -> Plan:
         n = len(self.train.labels)

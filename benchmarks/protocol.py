@@ -3,6 +3,7 @@
 The hyper-parameters of Adam w/o (ab) were never released: it starts from those of Adam w/o (abc).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -143,15 +144,21 @@ DECOUPLED = {"adamw": 20.0, "adamp": 20.0}
 GRID_SEED = 100  # not one of the table's; the grid never looks at the test images
 
 
-def grid(method: str, b2: float = 0.99) -> list["Hyperparameters"]:
-    decays = (0.0,) if method in ("adamh", "muonh") else GRID_DECAYS
+def grid(
+    method: str,
+    b2: float = 0.99,
+    rates: Sequence[float] = GRID_RATES,
+    decays: Sequence[float] = GRID_DECAYS,
+) -> list["Hyperparameters"]:
+    """`rates` are multiples of the published one, `decays` L2 coefficients."""
+    decays = (0.0,) if method in ("adamh", "muonh") else decays
     return [
         Hyperparameters(
             rate * LEARNING_RATES[method],
             None if method in ("sgd", "sgdp") else b2,
             DECOUPLED.get(method, 1.0) * decay,
         )
-        for rate in GRID_RATES
+        for rate in rates
         for decay in decays
     ]
 
@@ -160,6 +167,16 @@ class Hyperparameters(NamedTuple):
     learning_rate: float
     b2: float | None
     weight_decay: float
+
+
+def injected(values: Hyperparameters) -> dict[str, float]:
+    """Those that a compiled program takes as arguments: one program serves all cells of a grid.
+
+    A decay of zero is not among them, because then its arithmetic is left out. Nor is b2: 1 - b2 rounds
+    differently in a program that does not know it.
+    """
+    found = {"learning_rate": values.learning_rate, "weight_decay": values.weight_decay}
+    return {name: value for name, value in found.items() if name == "learning_rate" or value}
 
 
 def hyperparameters(dataset: str, model: str, optimizer: str) -> Hyperparameters:

@@ -6,6 +6,7 @@ What stands between the markers of a section is replaced; the rest is left as it
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -42,6 +43,9 @@ class Study:
                 name: getattr(any_job, name) for name in ("epochs", "batch_size", "images", "dtype")
             },
             grid=any(job.seed == protocol.GRID_SEED for job in jobs),
+            rates=protocol.GRID_RATES,
+            decays=protocol.GRID_DECAYS,
+            stop_after=math.inf,
         )
         if args.grid:  # of what the grid has
             args.methods = [name for name in args.methods if _in_grid(name, jobs)]

@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import platform
+import platform as python_platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -109,10 +109,15 @@ def environment() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "python": platform.python_version(),
+        "python": python_platform.python_version(),
         "spherical_optax": so.__version__,
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def platform(environment: Mapping[str, Any]) -> str:
+    """That of a result: "cpu" or "gpu". The oldest do not say it, and were made on CPUs."""
+    return environment.get("platform", "cpu")
 
 
 def float32_products() -> str:

@@ -10,6 +10,8 @@ decides, writes and announces; the others follow.
 """
 
 import json
+import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -49,6 +51,10 @@ class Job(NamedTuple):
     seed: int
 
     @property
+    def values(self) -> protocol.Hyperparameters:
+        return protocol.Hyperparameters(self.learning_rate, self.b2, self.weight_decay)
+
+    @property
     def setting(self) -> str:
         """What all methods and seeds of a table have in common, beside the column."""
         images = "" if self.images is None else f"_{self.images}images"
@@ -73,7 +79,9 @@ class Store:
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say = folder, say
-        self.data: dict[str, str] = {}  # column -> fingerprint of the data at hand
+        # What is at hand, which every result must have been made with. Empty where nothing is trained.
+        self.data: dict[str, str] = {}  # column -> fingerprint of the data
+        self.platform = ""  # "cpu" or "gpu"
 
     def holds(self, job: Job) -> bool:
         """Whether there is a result, readable or not."""
@@ -95,14 +103,18 @@ class Store:
                     f"{path}: no result of a run ({_line(error)}); now {aside.name}, runs again"
                 )
                 return None
-        self.check_data(path, job, found)
+        self.check_origin(path, job, found.get("data"), report.platform(found["environment"]))
         return found
 
-    def check_data(self, path: Path, job: Job, found: dict[str, Any]) -> None:
-        """A name does not say which images: no table may mix what other data gave."""
+    def check_origin(self, path: Path, job: Job, data: str | None, platform: str) -> None:
+        """A name tells neither images nor platform: no table may mix those of several."""
         here = self.data.get(job.column)
-        if here and (found.get("data") or here) != here:
+        if here and data and data != here:
             raise SweepError(f"{path}: made with other data; give its --data-dir, or another --out")
+        if self.platform and platform != self.platform:
+            raise SweepError(
+                f"{path}: made on a {platform}, and this is a {self.platform}; give another --out"
+            )
 
     def write(self, job: Job, run: Run, wall_seconds: float, devices: int) -> None:
         if jax.process_index():
@@ -166,6 +178,7 @@ class Checkpoints:
             "run": asdict(run),
             "wall_seconds": wall_seconds,
             "data": self._store.data.get(self._job.column),
+            "platform": self._store.platform,
         }
         with _one_line(self._folder):
             self._manager.save(
@@ -189,7 +202,8 @@ class Checkpoints:
                 )
                 self._manager.delete(epoch)
                 continue
-            self._store.check_data(self._folder, self._job, found.about)
+            origin = found.about["data"], found.about.get("platform", "cpu")
+            self._store.check_origin(self._folder, self._job, *origin)
             return run, State(*found.state), found.about["wall_seconds"]
         return None
 
@@ -214,10 +228,25 @@ def execute(
                 saved = time.perf_counter()
 
         test = "never" if job.seed == protocol.GRID_SEED else "every"
-        run = trainer.run(job.seed, job.epochs, on_epoch, resume, test)
+        hyperparams = protocol.injected(job.values)
+        run = trainer.run(job.seed, job.epochs, on_epoch, resume, test, hyperparams)
         seconds = before + time.perf_counter() - start
         store.write(job, run, seconds, trainer.sharded.mesh.size)
     return run
+
+
+class Deadline:
+    """When a command should have ended. No run is begun that would last longer."""
+
+    def __init__(self, seconds: float):
+        self._until, self._longest = time.monotonic() + seconds, 0.0
+
+    def ran(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
+
+    def leaves_time(self) -> bool:
+        """For a run that takes as long as the longest so far."""
+        return time.monotonic() + self._longest < self._until
 
 
 def work(
@@ -229,26 +258,34 @@ def work(
     finished: Callable[[Job, Run], None],
     *,
     wait: bool = False,
-) -> None:
+    deadline: "Deadline | None" = None,
+) -> bool:
     """Does what is neither finished nor claimed by another process.
 
     With `wait`, returns when all is finished: what another process leaves unfinished is taken over.
+    Returns whether the deadline left time for all.
     """
+    deadline = deadline or Deadline(math.inf)
     waited_for = 0
     while True:
         for job in jobs:
             if store.result(job) is not None:
                 continue
+            if not deadline.leaves_time():
+                store.say("time is up: the same command goes on")
+                return False
             with store.claimed(job) as ours:
                 if ours:
                     announce(job)
+                    began = time.monotonic()
                     run = execute(
                         job, trainer(job), store, save_every, lambda run, job=job: show(job, run)
                     )
                     finished(job, run)
+                    deadline.ran(time.monotonic() - began)
         left = sum(store.result(job) is None for job in jobs)
         if not left or not wait:
-            return
+            return True
         if left != waited_for:
             store.say(f"waiting for {left} runs that other processes have")
         waited_for = left
@@ -301,7 +338,12 @@ def _check(found: Any, job: Job) -> None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this is, if it is one; "+" for what is not committed."""
+    """Of the checkout that this is, if it is one; "+" for what is not committed.
+
+    A copy of the files without their history is given its commit in the variable COMMIT.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
     command += ["--dirty=+", "--exclude=*"]
     try:

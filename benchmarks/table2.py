@@ -8,6 +8,7 @@ interrupted, and prints the table. Several processes or machines may share OUT.
 
 import functools
 import logging
+import math
 import os
 import statistics
 import sys
@@ -20,16 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures, protocol, report
-from benchmarks.data import DataError, Dataset, Split, fingerprint, load
+from benchmarks.data import DataError, Dataset, Split, fingerprint, load, random_images
 from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS
 from benchmarks.models import ImageSizeError
 from benchmarks.progress import Overall
 from benchmarks.published import TABLE2
-from benchmarks.sweep import Job, Store, SweepError, announce, follow, work
+from benchmarks.sweep import Deadline, Job, Store, SweepError, announce, follow, work
 from benchmarks.train import Parser, add_dtype, at_least, make_trainer
 
 SAVE_EVERY = 60.0  # seconds
+WARM_EPOCHS = 3
+TRY_AGAIN = 75  # exit status when the time was up: EX_TEMPFAIL of sysexits.h
 
 
 def make_parser() -> Parser:
@@ -53,12 +56,32 @@ def make_parser() -> Parser:
     add("--out", type=Path, required=True, help="folder of the results; may be shared")
     help_text = "first choose learning rate and weight decay on the validation images"
     add("--grid", action="store_true", help=help_text)
+    help_text = "of the grid, as multiples of the published one"
+    add(
+        "--rates", nargs="+", type=at_least(float, 0.0), default=protocol.GRID_RATES, help=help_text
+    )
+    help_text = "of the grid, as L2 coefficients"
+    add(
+        "--decays",
+        nargs="+",
+        type=at_least(float, 0.0),
+        default=protocol.GRID_DECAYS,
+        help=help_text,
+    )
     help_text = "that share every batch; default: all"
     add("--devices", type=at_least(int, 1), help=help_text)
     help_text = "work at each run together, by jax.distributed; without values: as the cluster says"
     add("--distributed", nargs="*", metavar="COORDINATOR:PORT PROCESSES PROCESS", help=help_text)
     help_text = "seconds between checkpoints"
     add("--save-every", type=at_least(float, 0.0), default=SAVE_EVERY, help=help_text)
+    help_text = (
+        "seconds after which this command should have ended: no run begins that would last longer"
+    )
+    add("--stop-after", type=at_least(float, 0.0), default=math.inf, help=help_text)
+    help_text = (
+        "only compile, on random images, and write how many images a second each method trains"
+    )
+    add("--warm", type=Path, metavar="FILE.json", help=help_text)
     return parser
 
 
@@ -67,23 +90,26 @@ class Sweep:
 
     def __init__(self, args: Any, store: Store, console: Console):
         self.args, self.store, self.console = args, store, console
+        self.deadline = Deadline(args.stop_after)
 
     def trainer(self, job: Job) -> Trainer:
-        return trainer(job._replace(seed=0), self.args.data_dir, self.args.devices)
+        args = self.args
+        return trainer(job, args.data_dir, args.devices, random=args.warm is not None)
 
     def jobs(self, column: str) -> list[Job]:
+        """Every method's first seed, then every method's second: an interrupted table has all rows."""
         chosen = self.chosen(column)
         return [
             self._job(column, method, chosen[method], seed)
-            for method in self.args.methods
             for seed in range(self.args.seeds)
+            for method in self.args.methods
         ]
 
     def grid_jobs(self, column: str) -> list[Job]:
         return [
             self._job(column, method, values, protocol.GRID_SEED)
             for method in self.args.methods
-            for values in protocol.grid(method)
+            for values in protocol.grid(method, rates=self.args.rates, decays=self.args.decays)
         ]
 
     def chosen(self, column: str) -> dict[str, protocol.Hyperparameters]:
@@ -107,7 +133,8 @@ class Sweep:
         epochs, images = args.epochs or about.epochs, args.images or about.images
         return Job(column, method, *values, epochs, args.batch_size, images, args.dtype, seed)
 
-    def run(self, jobs: Sequence[Job], *, wait: bool = False) -> None:
+    def run(self, jobs: Sequence[Job], *, wait: bool = False) -> bool:
+        """Whether there was time for all of them."""
         missing = [job for job in jobs if self.store.result(job) is None]
 
         def done() -> int:  # also by other processes
@@ -134,30 +161,63 @@ class Sweep:
         if missing:
             self.store.say(f"{len(jobs) - len(missing)} runs are there, {len(missing)} to be done")
         with overall.bars:
-            work(
-                *(missing, self.store, self.trainer, self.args.save_every, show, finished),
+            return work(
+                missing,
+                self.store,
+                trainer=self.trainer,
+                save_every=self.args.save_every,
+                show=show,
+                finished=finished,
                 wait=wait,
+                deadline=self.deadline,
             )
 
 
 @functools.lru_cache(maxsize=1)
-def training_data(dataset: str, data_dir: Path | None, images: int | None) -> Dataset:
-    data = load(dataset, data_dir)
+def training_data(
+    dataset: str, data_dir: Path | None, images: int | None, random: bool = False
+) -> Dataset:
+    data = random_images(dataset) if random else load(dataset, data_dir)
     if images and images > len(data.train.labels):
         raise DataError(f"{dataset}: {len(data.train.labels)} training images, not {images}")
     return data._replace(train=Split(*(array[:images] for array in data.train)))
 
 
-@functools.lru_cache(maxsize=1)  # the seeds of one method follow each other
-def trainer(job: Job, data_dir: Path | None, devices: int | None) -> Trainer:
-    """Its batches are shared by the first `devices`; by default, by all of all processes."""
+def trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool = False) -> Trainer:
+    """Compiled once for all seeds, learning rates and decays of a method.
+
+    Its batches are shared by the first `devices`; by default, by all of all processes.
+    """
+    any_value = dict.fromkeys(protocol.injected(job.values), 1.0)
+    return _trainer(job._replace(seed=0, **any_value), data_dir, devices, random)
+
+
+@functools.lru_cache(maxsize=len(METHODS))  # the methods take turns
+def _trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool) -> Trainer:
     dataset, name, *_ = protocol.COLUMNS[job.column]
-    data = training_data(dataset, data_dir, job.images)
-    values = protocol.Hyperparameters(job.learning_rate, job.b2, job.weight_decay)
     return make_trainer(
-        *(data, name, job.method, values, job.epochs, job.batch_size, job.dtype),
+        training_data(dataset, data_dir, job.images, random),
+        name,
+        job.method,
+        job.values,
+        job.epochs,
+        job.batch_size,
+        job.dtype,
         devices=jax.devices()[:devices],
     )
+
+
+def warm(sweep: Sweep, column: str) -> dict[str, float]:
+    """Compiles what the runs need, and measures how many images a second every method then trains.
+
+    A program knows of the images only how many there are: random ones fill the compilation cache too.
+    """
+    jobs = sweep.grid_jobs(column) if sweep.args.grid else sweep.jobs(column)
+    found = {}
+    for method, job in {job.method: job for job in reversed(jobs)}.items():
+        found[method] = sweep.trainer(job).images_per_second(WARM_EPOCHS)
+        print(f"{column}, {method}: {found[method]:,.0f} images/s", flush=True)
+    return found
 
 
 def _title(job: Job) -> str:
@@ -282,14 +342,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if jax.process_index():
             follow(store, sweep.trainer, args.save_every)
             return 0
+        if args.warm:
+            speeds = {column: warm(sweep, column) for column in args.columns}
+            about = {"environment": report.environment(), "images_per_second": speeds}
+            report.write_json(args.warm, about)
+            return 0
+        store.platform = jax.default_backend()
         for column in args.columns:  # all of them, before hours of training
             store.data[column] = check(column, args)
         if args.grid:
             # All of it: what the table trains depends on it.
             grid_jobs = [job for column in args.columns for job in sweep.grid_jobs(column)]
-            sweep.run(grid_jobs, wait=True)
+            if not sweep.run(grid_jobs, wait=True):
+                return TRY_AGAIN
         jobs = {column: sweep.jobs(column) for column in args.columns}
-        sweep.run([job for column in jobs.values() for job in column])
+        in_time = sweep.run([job for column in jobs.values() for job in column])
         announce(None)
     except (DataError, ImageSizeError, SweepError) as error:
         leave(2, f"error: {error}")
@@ -310,13 +377,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(table(found))
     unfinished = sum(store.result(job) is None for of in jobs.values() for job in of)
     if unfinished:
-        console.print(f"{unfinished} runs are not finished: other processes have them")
+        why = "other processes have them" if in_time else "the time was up"
+        console.print(f"{unfinished} runs are not finished: {why}")
     for column, rows in found.items():
         if rows:
             path = figure(args.out, jobs[column][0])
             figures.training_loss_twice(rows, column, path)
             console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
-    return 0
+    return 0 if in_time else TRY_AGAIN
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ class ManySeeds(Trainer):
         self.seeds = seeds  # `init` is called at once
         super().__init__(*args)
 
-    def init(self, seed: int) -> Any:
-        return _stack([super(ManySeeds, self).init(seed + i) for i in range(self.seeds)])
+    def init(self, seed: int, hyperparams: Any = None) -> Any:
+        return _stack(
+            [super(ManySeeds, self).init(seed + i, hyperparams) for i in range(self.seeds)]
+        )
 
     def plan(self, seed: int, epoch: int) -> Any:
         return _stack([super(ManySeeds, self).plan(seed + i, epoch) for i in range(self.seeds)])

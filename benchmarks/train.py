@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
+import optax
 from rich.console import Console
 
 from benchmarks import protocol, report
@@ -90,12 +91,19 @@ def make_trainer(
     dtype: str = DTYPES[0],
     devices: Sequence[Any] | None = None,
 ) -> Trainer:
+    """Learning rate and weight decay are arguments of its compiled program: see `protocol.injected`."""
     steps = epochs * steps_per_epoch(data, batch_size)
-    schedule = protocol.step_schedule(values.learning_rate, steps)
     # What is invariant is measured in float32.
     spheres = filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
     net = MODELS[model](data.source.num_classes, dtype=jnp.dtype(dtype))
-    tx = make_optimizer(optimizer, schedule, spheres, values.b2, values.weight_decay)
+
+    def build(learning_rate: Any, weight_decay: Any = 0.0) -> optax.GradientTransformation:
+        schedule = protocol.step_schedule(learning_rate, steps)
+        return make_optimizer(optimizer, schedule, spheres, values.b2, weight_decay)
+
+    hyperparams = protocol.injected(values)
+    static = {"weight_decay"} - hyperparams.keys()
+    tx = optax.inject_hyperparams(build, static_args=static)(**hyperparams)
     return Trainer(net, data, tx, batch_size, devices=devices)
 
 

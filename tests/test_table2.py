@@ -4,15 +4,18 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import filelock
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -263,7 +266,7 @@ def test_other_data_of_the_same_name(tmp_path, capsys, monkeypatch, expected):
 
     def forget():
         table2.training_data.cache_clear()
-        table2.trainer.cache_clear()
+        table2._trainer.cache_clear()
 
     def backwards(name, data_dir):
         data = load(name, data_dir)
@@ -357,6 +360,103 @@ def test_the_grid_chooses(tmp_path, capsys):
     published = protocol.hyperparameters("digits", "tiny", "sgd")
     assert len(outcomes(tmp_path)) == 10 + 1 + (published.weight_decay != final["weight_decay"])
     assert "as in benchmarks/protocol.py" in capsys.readouterr().out
+
+
+def test_one_program_for_all_rates_decays_and_seeds(tmp_path, caplog):
+    def compiled(*more):
+        """How often what was compiled meanwhile."""
+        caplog.clear()
+        with jax.log_compiles():
+            assert table2.main(arguments(*more)) == 0
+        texts = [record.getMessage() for record in caplog.records]
+        found = [re.search(r"Finished XLA compilation of jit\((\w+)\)", text) for text in texts]
+        return Counter(match[1] for match in found if match)
+
+    table2._trainer.cache_clear()
+    first = compiled(tmp_path / "first", "--grid", "--rates", 3, "--decays", 1e-4)
+    assert first["train_step"] == 2  # methods
+    other = ("--grid", "--rates", 1, 10, "--decays", 1e-3, 1e-2)
+    assert compiled(tmp_path / "other", *other) == Counter()
+    recipes = [recipe for recipe, _ in outcomes(tmp_path / "other").values()]
+    assert len({(r["method"], r["learning_rate"], r["weight_decay"]) for r in recipes}) == 2 * 4
+    losses = [run["train_loss"] for _, run in outcomes(tmp_path / "other").values()]
+    assert len(set(map(tuple, losses))) == len(losses) == 2 * (4 + 2)  # every value did something
+
+
+class Clock:
+    """In place of the module `time`: a run lasts a minute."""
+
+    def __init__(self, monkeypatch):
+        self._now, execute = 0.0, sweep.execute
+
+        def in_a_minute(*rest):
+            self._now += 60.0
+            return execute(*rest)
+
+        monkeypatch.setattr(sweep, "execute", in_a_minute)
+        monkeypatch.setattr(sweep, "time", self)
+
+    def monotonic(self):
+        return self._now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+def test_no_run_begins_that_would_not_end_in_time(tmp_path, capsys, monkeypatch, expected):
+    """An interrupted table has the first seed of all methods; four calls give the table of one."""
+    Clock(monkeypatch)
+    words = arguments(tmp_path, "--stop-after", 100, seeds=2)
+    for done in (1, 2, 3, 4):
+        assert table2.main(words) == (0 if done == 4 else table2.TRY_AGAIN)
+        assert len(outcomes(tmp_path)) == done
+        said = capsys.readouterr()
+        assert ("time is up: the same command goes on" in said.err) == (done < 4)
+        assert (f"{4 - done} runs are not finished: the time was up" in said.out) == (done < 4)
+        if done == 2:
+            assert {run["seed"] for _, run in outcomes(tmp_path).values()} == {0}
+    assert outcomes(tmp_path) == expected
+
+
+def test_a_grid_that_the_time_is_too_short_for(tmp_path, capsys, monkeypatch):
+    Clock(monkeypatch)
+    grid = ("--grid", "--rates", 1, 3, "--decays", 1e-4)
+    words = arguments(tmp_path, *grid, "--stop-after", 100, methods=["sgd"], seeds=1)
+    for seeds in ([100], [100, 100], [0, 100, 100]):
+        status = table2.main(words)
+        assert sorted(run["seed"] for _, run in outcomes(tmp_path).values()) == seeds
+        assert status == (0 if 0 in seeds else table2.TRY_AGAIN)
+        assert ("Test accuracy" in capsys.readouterr().out) == (len(seeds) > 1)  # the grid is done
+
+
+def test_warm(tmp_path, capsys, monkeypatch):
+    """Compiles what a run needs, and measures; the runs after it compile nothing of their own."""
+    path = tmp_path / "warm.json"
+    assert table2.main(arguments(tmp_path / "out", "--warm", path)) == 0
+    assert "digits/tiny, adamsrt: " in capsys.readouterr().out
+    found = json.loads(path.read_text("utf-8"))["images_per_second"]
+    assert found.keys() == {"digits/tiny"}
+    assert found["digits/tiny"].keys() == {"adamsrt", "sgd"}
+    assert min(found["digits/tiny"].values()) > 0
+    assert not outcomes(tmp_path / "out")
+
+
+def test_results_of_another_platform_are_refused(tmp_path, capsys, monkeypatch, expected):
+    assert table2.main(arguments(tmp_path)) == 0
+    monkeypatch.setattr(table2.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(SystemExit):
+        table2.main(arguments(tmp_path))
+    said = capsys.readouterr().err
+    assert "made on a cpu, and this is a gpu; give another --out" in said
+    assert outcomes(tmp_path) == expected
+
+
+def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123abc")
+    words = ["--seeds", 1, "--epochs", 1]
+    assert table2.main(arguments(tmp_path, *words, methods=["sgd"])) == 0
+    (path,) = tmp_path.glob("digits_tiny/*.json")
+    assert json.loads(path.read_text("utf-8"))["commit"] == "0123abc"
 
 
 @pytest.fixture
