@@ -8,6 +8,7 @@ and no others. Packages that are not installed are skipped (`pip install dm-haik
 
 import functools
 import importlib
+import importlib.util
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -189,6 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out:
         parser.require_writable(args.out, args.out.parent)
+        packages = sorted({network.package for network in NETWORKS.values()})
+        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+            parser.error(
+                f"--out {args.out}: would lose the networks of {', '.join(missing)}: install them first"
+            )
     console, rows = Console(), {}
     for name, network in NETWORKS.items():
         rows[name] = measure(network)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform as python_platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -113,6 +114,12 @@ def environment() -> dict[str, Any]:
         "spherical_optax": so.__version__,
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def device_slug() -> str:
+    """Part of the names of files with times, which another device must not overwrite; on a CPU empty."""
+    kind = jax.devices()[0].device_kind
+    return "" if kind == "cpu" else re.sub(r"[^a-z0-9]+", "-", kind.lower())
 
 
 def platform(environment: Mapping[str, Any]) -> str:

@@ -1,18 +1,23 @@
 """What one optimizer step costs beside `optax.adam` in the same run: time, state, memory, compilation.
 
-    python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--only NAME] [--out DIR]
+    python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--only NAME] [--torch]
+                               [--out DIR]
 
 Every step is jitted, with donated buffers, and takes its turn of ten steps in every round: the ratios
-mean something on a noisy machine, the milliseconds do not. The floor of an optimizer is the time that
+mean something on a noisy machine, the milliseconds do not. An accelerator gets the ten in one call, each
+with gradients of its own, and is waited for after them. The floor of an optimizer is the time that
 x <- x + c g takes in the same rounds, in proportion to the bytes that each has to read and write once:
 gradients, and parameters and state twice. Where torch, adamp, pytorch_optimizer and geoopt are
 installed, they take part. Without --batch the optimizers run alone; with it as part of training steps,
 forward and backward pass included, on as many random images.
 """
 
+import itertools
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +64,10 @@ def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTra
 class Step:
     """One Optax optimizer, compiled, with parameters and state of its own.
 
-    `gradient` makes the gradients from the parameters, and is timed too; None leaves them as they are.
+    A CPU gets a call for every step, and an accelerator (`scan`) one call for ten: there, a call from
+    the host can take longer than the step. `grads` holds gradients along a leading axis, which take
+    turns. In a scan each step has its own: XLA would compute what depends on one gradient once for all.
+    `gradient` makes them from the parameters in their place, and is timed too.
     """
 
     def __init__(
@@ -68,29 +76,50 @@ class Step:
         params: Any,
         grads: Any,
         gradient: Callable[[Any], Any] | None = None,
+        scan: bool | None = None,
     ):
         def step(params, state, grads):
             grads = grads if gradient is None else gradient(params)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        self.params, self.grads = jax.tree.map(jnp.copy, params), grads
+        def steps(params, state, grads):
+            (params, state), _ = jax.lax.scan(
+                lambda carry, grads: (step(*carry, grads), None), (params, state), grads
+            )
+            return params, state
+
+        self.scan = jax.default_backend() != "cpu" if scan is None else scan
+        self.params = jax.tree.map(jnp.copy, params)
         self.state = tx.init(self.params)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.grads)
-        start = time.perf_counter()
-        self._compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
-        memory: Any = self._compiled.memory_analysis()
-        self.temporary_bytes = memory.temp_size_in_bytes
         self.state_bytes = _bytes(self.state)
         self.seconds: list[float] = []
+        count = len(jax.tree.leaves(grads)[0])
+        self._grads = [grads] if self.scan else [_at(grads, i) for i in range(count)]
+        self._lowered = jax.jit(steps if self.scan else step, donate_argnums=(0, 1)).lower(
+            self.params, self.state, self._grads[0]
+        )
+
+    def compile(self) -> None:
+        """Apart, because it may take place in a thread."""
+        start = time.perf_counter()
+        self._compiled = self._lowered.compile()
+        # With a cache, it is only the time that loading takes.
+        cached = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        self.compile_seconds = None if cached else time.perf_counter() - start
+        memory: Any = self._compiled.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
 
     def run(self) -> None:
         start = time.perf_counter()
-        for _ in range(EVERY):
-            self.params, self.state = self._compiled(self.params, self.state, self.grads)
+        for grads in itertools.islice(itertools.cycle(self._grads), 1 if self.scan else EVERY):
+            self.params, self.state = self._compiled(self.params, self.state, grads)
             jax.block_until_ready((self.params, self.state))
         self.seconds.append((time.perf_counter() - start) / EVERY)
+
+
+def _at(grads: Any, step: int) -> Any:
+    return jax.tree.map(lambda g: g[step], grads)
 
 
 def _bytes(tree: Any) -> int:
@@ -112,6 +141,12 @@ def gradient(model: str, batch: int) -> Callable[[Any], Any]:
     return jax.grad(loss)
 
 
+def compile_all(steps: Sequence[Step]) -> None:
+    """Side by side where an accelerator is waiting; on a CPU in turn, because the time is reported."""
+    with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else None) as pool:
+        list(pool.map(Step.compile, steps))
+
+
 def measure(
     shapes: Any,
     spheres: Any,
@@ -119,17 +154,23 @@ def measure(
     weight_decay: float,
     gradient: Callable[[Any], Any] | None = None,
     only: Sequence[str] | None = None,
+    torch: bool = True,
+    scan: bool | None = None,
 ) -> dict[str, dict[str, Any]]:
+    scan = jax.default_backend() != "cpu" if scan is None else scan
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
-    params, grads = (
-        jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape, x.dtype), shapes)
-        for _ in range(2)
-    )
+
+    def random(x: Any, *more: int) -> jax.Array:
+        return 0.05 * jax.random.normal(next(keys), (*more, *x.shape), x.dtype)
+
+    params = jax.tree.map(random, shapes)
+    grads = jax.tree.map(lambda x: random(x, EVERY if scan else 1), shapes)
     contenders: dict[str, Step | TorchStep] = {}
     for name, tx in optimizers(spheres, weight_decay).items():
         if only is None or name in (REFERENCE, FLOOR, *only):
-            contenders[name] = Step(tx, params, grads, gradient)
-    if gradient is None and only is None:
+            contenders[name] = Step(tx, params, grads, gradient, scan)
+    compile_all([step for step in contenders.values() if isinstance(step, Step)])
+    if gradient is None and torch:
         contenders |= torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
     for step in contenders.values():  # the first call touches memory for the first time
         step.run()
@@ -192,6 +233,12 @@ def table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     return found
 
 
+def file_name(model: str, training: bool = False, few: bool = False, device: str = "") -> str:
+    """Of the results on a device, by default on this one."""
+    parts = ("training" if training else "", "few" if few else "", device or report.device_slug())
+    return "_".join(("speed", *filter(None, parts), f"{model}.json"))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.speed", description=str(__doc__).splitlines()[0])
     choices = [*MODELS, *LISTED]
@@ -205,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = list(optimizers(None, 0.0))
     help_text = "these beside optax.adam, and none of PyTorch's: fewer disturb each other less"
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=help_text)
+    help_text = "PyTorch's beside --only too"
+    parser.add_argument("--torch", action="store_true", help=help_text)
     help_text = "also write the numbers into this folder, as JSON"
     parser.add_argument("--out", type=Path, help=help_text)
     args = parser.parse_args(argv)
@@ -215,20 +264,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in args.model:
         shapes, spheres = network(model)
         training = None if args.batch is None else gradient(model, args.batch)
-        rows = measure(shapes, spheres, args.rounds, args.weight_decay, training, args.only)
+        torch = args.torch or args.only is None
+        rows = measure(shapes, spheres, args.rounds, args.weight_decay, training, args.only, torch)
         parameters = sum(x.size for x in jax.tree.leaves(shapes))
         what = "One step" if training is None else f"One training step with {args.batch} images"
         title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
         Console().print(table(rows, title))
         if args.out:
-            batch = f" --batch {args.batch}" if args.batch else ""
-            command = (
-                f"python -m benchmarks.speed --model {model} --rounds {args.rounds} "
-                f"--weight-decay {args.weight_decay:g}{batch}"
-                + (f" --only {' '.join(args.only)}" if args.only else "")
-            )
-            kind = ("training_" if args.batch else "") + ("few_" if args.only else "")
-            path = args.out / f"speed_{kind}{model}.json"
+            path = args.out / file_name(model, bool(args.batch), bool(args.only))
+            words = ["python -m benchmarks.speed", "--model", model, "--rounds", args.rounds]
+            words += ["--weight-decay", f"{args.weight_decay:g}"]
+            words += ["--batch", args.batch] if args.batch else []
+            words += ["--only", *map(shlex.quote, args.only)] if args.only else []
+            words += ["--torch"] if args.torch else []
+            command = " ".join(map(str, words))
             environment = report.environment() | torch_environment()
             about = {"command": command, "title": title, "environment": environment}
             report.write_json(path, about | {"optimizers": rows})

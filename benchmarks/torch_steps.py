@@ -1,35 +1,58 @@
 """The optimizers that users of PyTorch have, on the same parameters; nothing where it is missing."""
 
 import importlib
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import jax
-import numpy as np
 
 import spherical_optax as so
 
 
 class TorchStep:
-    """One optimizer of PyTorch with parameters of its own; see `benchmarks.speed.Step`."""
+    """One optimizer of PyTorch with parameters of its own; see `benchmarks.speed.Step`.
+
+    `grads` are lists of gradients, one for each parameter, which take turns.
+    """
 
     temporary_bytes = None  # neither is known
     compile_seconds = None
 
-    def __init__(self, make: Callable[[list[Any]], Any], params: list[Any], every: int):
-        self._optimizer, self._every = make(params), every
-        self._optimizer.step()  # makes the state
+    def __init__(
+        self,
+        make: Callable[[list[Any]], Any],
+        params: list[Any],
+        grads: Sequence[list[Any]],
+        every: int,
+    ):
+        self._params, self._grads, self._every = params, grads, every
+        self._wait = synchronize(params[0].device)
+        self._optimizer = make(params)
+        self._step(grads[0])  # makes the state
         state = [x for of in self._optimizer.state.values() for x in of.values()]
         self.state_bytes = sum(x.nbytes for x in state if hasattr(x, "nbytes"))
         self.seconds: list[float] = []
 
+    def _step(self, grads: list[Any]) -> None:
+        for parameter, grad in zip(self._params, grads, strict=True):
+            parameter.grad = grad
+        self._optimizer.step()
+
     def run(self) -> None:
+        self._wait()
         start = time.perf_counter()
-        for _ in range(self._every):
-            self._optimizer.step()
+        for grads in itertools.islice(itertools.cycle(self._grads), self._every):
+            self._step(grads)
+        self._wait()
         self.seconds.append((time.perf_counter() - start) / self._every)
+
+
+def synchronize(device: Any) -> Callable[[], None]:
+    """What waits for the work given to a device of PyTorch: a GPU's goes on after the call."""
+    return _found("torch").cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 LIBRARIES = ("torch", "adamp", "pytorch_optimizer", "geoopt")
@@ -47,33 +70,38 @@ def torch_environment() -> dict[str, Any]:
 def torch_steps(
     params: Any, grads: Any, spheres: Any, rate: float, weight_decay: float, every: int
 ) -> dict[str, TorchStep]:
-    """Of every library that is installed."""
+    """Of every library that is installed; `grads` holds gradients along a leading axis."""
     torch, adamp, other, geoopt = map(_found, LIBRARIES)
     if torch is None:
         return {}
 
-    def tensor(x: Any) -> Any:
-        return torch.from_numpy(np.array(x))
-
-    def plain(x: Any, g: Any, sphere: so.Sphere | None) -> Any:
+    def plain(x: Any, sphere: so.Sphere | None = None) -> Any:
+        """A copy in PyTorch's layout, on the device where JAX has it: both are timed there."""
         del sphere
-        made = torch.nn.Parameter(tensor(_channels_first(x)))
-        made.grad = tensor(_channels_first(g))
-        return made
+        found = torch.from_dlpack(x)
+        found = found.movedim((-1, -2), (0, 1)) if found.ndim > 1 else found
+        return found.clone(memory_format=torch.contiguous_format)
 
-    def on_sphere(x: Any, g: Any, sphere: so.Sphere | None) -> Any:
+    def rows(x: Any, sphere: so.Sphere | None) -> Any:
         """One filter is a point on a sphere: a row of a matrix."""
-        if sphere is None:
-            return plain(x, g, sphere)
-        rows, slopes = (_channels_first(y).reshape(y.shape[-1], -1) for y in (x, g))
-        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        made = geoopt.ManifoldParameter(tensor(rows), manifold=geoopt.Sphere())
-        made.grad = tensor(slopes)
-        return made
+        return plain(x) if sphere is None else plain(x).flatten(1)
 
-    def step(make: Callable[[list[Any]], Any], parameter: Callable[..., Any] = plain) -> TorchStep:
-        leaves = zip(*map(_leaves, (params, grads, spheres)), strict=True)
-        return TorchStep(make, [parameter(*leaf) for leaf in leaves], every)
+    def on_sphere(x: Any, sphere: so.Sphere | None) -> Any:
+        found = rows(x, sphere)
+        if sphere is None:
+            return torch.nn.Parameter(found)
+        found = found / found.norm(dim=1, keepdim=True)
+        return geoopt.ManifoldParameter(found, manifold=geoopt.Sphere())
+
+    def leaves_as(convert: Callable[..., Any], tree: Any) -> list[Any]:
+        return [convert(*pair) for pair in zip(_leaves(tree), _leaves(spheres), strict=True)]
+
+    steps = range(len(jax.tree.leaves(grads)[0]))
+    gradients = [leaves_as(plain, jax.tree.map(lambda g, i=i: g[i], grads)) for i in steps]
+
+    def step(make: Callable[[list[Any]], Any]) -> TorchStep:
+        copies = [torch.nn.Parameter(x) for x in leaves_as(plain, params)]
+        return TorchStep(make, copies, gradients, every)
 
     options: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
     adam = torch.optim.Adam
@@ -88,7 +116,12 @@ def torch_steps(
         found["pytorch_optimizer AdamP"] = step(lambda p: other.AdamP(p, **options))
     if geoopt is not None:
         make = geoopt.optim.RiemannianAdam
-        found["geoopt RiemannianAdam"] = step(lambda p: make(p, **options), on_sphere)
+        found["geoopt RiemannianAdam"] = TorchStep(
+            lambda p: make(p, **options),
+            leaves_as(on_sphere, params),
+            [leaves_as(rows, jax.tree.map(lambda g, i=i: g[i], grads)) for i in steps],
+            every,
+        )
     return found
 
 
@@ -101,8 +134,3 @@ def _found(name: str) -> Any:
 
 def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda x: x is None or isinstance(x, so.Sphere))
-
-
-def _channels_first(x: Any) -> np.ndarray:
-    """The layout of PyTorch, contiguous."""
-    return np.ascontiguousarray(np.moveaxis(np.asarray(x), (-1, -2), (0, 1)) if x.ndim > 1 else x)

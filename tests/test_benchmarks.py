@@ -61,7 +61,8 @@ def test_the_filters_are_found():
     assert len(filters) == 1 + 3 * 2 + 2  # stem, blocks, shortcuts
 
 
-def test_networks_that_others_wrote():
+def test_networks_that_others_wrote(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("haiku")
     mlp = discovery.NETWORKS["haiku MLP"]
     row = discovery.measure(mlp)
     assert row is not None
@@ -69,7 +70,13 @@ def test_networks_that_others_wrote():
     wrong = discovery.measure(mlp._replace(spheres="linear_0/w", kind=so.Sphere()))
     assert wrong is not None
     assert len(wrong["wrong"]) == 1
-    assert discovery.measure(mlp._replace(package="no_such_package")) is None
+    elsewhere = mlp._replace(package="no_such_package")
+    assert discovery.measure(elsewhere) is None
+    monkeypatch.setattr(discovery, "NETWORKS", {"an MLP": elsewhere})
+    with pytest.raises(SystemExit):  # not nulls in place of the numbers that are there
+        discovery.main(["--out", str(tmp_path / "discovery.json")])
+    assert "would lose the networks of no_such_package: install them" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- data -------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def test_there_are_notebooks():
 
 @notebooks
 def test_runs_in_the_small_setting(path, tmp_path):
+    pytest.importorskip("nbclient")
     kernel = tmp_path / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
     # The interpreter that runs the tests, whatever kernels are installed.

@@ -1,7 +1,6 @@
 """The README's recipes: one line for each library, on a small network with BatchNorm and dropout."""
 
 import equinox as eqx
-import haiku as hk
 import jax
 import optax
 import pytest
@@ -111,6 +110,8 @@ def test_equinox():
 
 
 def test_haiku():
+    hk = pytest.importorskip("haiku")
+
     def forward(x):
         x = hk.BatchNorm(True, True, 0.9)(hk.Conv2D(8, 3)(x), is_training=True)
         return hk.Linear(5)(hk.dropout(hk.next_rng_key(), 0.1, jax.nn.relu(x)).mean((1, 2)))
