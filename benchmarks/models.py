@@ -1,6 +1,7 @@
 """The paper's networks (Flax Linen) by name, for small images in NHWC.
 
-`dtype` is that of the activations; parameters, statistics and logits stay in float32.
+`dtype` is that of the activations; parameters, statistics and logits stay in float32. `norm` takes the
+place of Flax's BatchNorm: see benchmarks/normalization.py.
 
 They follow the authors' released code: convolutions have no bias and are all followed by BatchNorm,
 a ResNet's shortcut is a 1x1 convolution where the shape changes, and a convolution starts uniform in
@@ -17,7 +18,14 @@ from flax import linen as nn
 
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nn.Conv, use_bias=False, kernel_init=fan_in_uniform)
-Norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+
+Norm = Callable[..., Callable[[jax.Array], jax.Array]]
+
+
+def make_norm(kind: Norm, train: bool, dtype: jax.typing.DTypeLike) -> Norm:
+    options = {"momentum": 0.9, "epsilon": 1e-5, "dtype": dtype}
+    return partial(kind, use_running_average=not train, **options)
 
 
 class ImageSizeError(ValueError):
@@ -30,11 +38,11 @@ class BasicBlock(nn.Module):
     width: int
     stride: int
     dtype: jax.typing.DTypeLike
+    norm: Norm
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = partial(Conv, dtype=self.dtype)
-        norm = partial(Norm, use_running_average=not train, dtype=self.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv, norm = partial(Conv, dtype=self.dtype), self.norm
         shortcut = x
         # Padding 1 on both sides, as in PyTorch: "SAME" pads only on the right at stride 2.
         x = conv(self.width, (3, 3), self.stride, padding=1)(x)
@@ -54,15 +62,17 @@ class ResNet(nn.Module):
     widths: Sequence[int]
     blocks: int
     dtype: jax.typing.DTypeLike = jnp.float32
+    norm: Norm = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = make_norm(self.norm, train, self.dtype)
         x = Conv(self.widths[0], (3, 3), padding=1, dtype=self.dtype)(x)
-        x = nn.relu(Norm(use_running_average=not train, dtype=self.dtype)(x))
+        x = nn.relu(norm()(x))
         for stage, width in enumerate(self.widths):
             for block in range(self.blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = BasicBlock(width, stride, self.dtype)(x, train)
+                x = BasicBlock(width, stride, self.dtype, norm)(x)
         features = x.mean((1, 2), jnp.float32)
         return nn.Dense(self.num_classes, kernel_init=fan_in_uniform)(features)
 
@@ -73,6 +83,7 @@ class VGG(nn.Module):
     num_classes: int
     stages: Sequence[Sequence[int]]
     dtype: jax.typing.DTypeLike = jnp.float32
+    norm: Norm = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -81,10 +92,11 @@ class VGG(nn.Module):
             raise ImageSizeError(
                 f"VGG needs images of at least {smallest}x{smallest}, not {x.shape}"
             )
+        norm = make_norm(self.norm, train, self.dtype)
         for widths in self.stages:
             for width in widths:
                 x = Conv(width, (3, 3), padding=1, dtype=self.dtype)(x)
-                x = nn.relu(Norm(use_running_average=not train, dtype=self.dtype)(x))
+                x = nn.relu(norm()(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         features = x.reshape(x.shape[0], -1).astype(jnp.float32)
         return nn.Dense(self.num_classes, kernel_init=fan_in_uniform)(features)

@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import spherical_optax as so
@@ -26,6 +28,7 @@ from benchmarks.augment import normalize, random_crop_and_flip
 from benchmarks.demo_recipe import METHODS as DEMO_METHODS
 from benchmarks.loop import Run, Trainer
 from benchmarks.methods import METHODS, make_optimizer
+from benchmarks.normalization import BatchNorm
 from benchmarks.progress import LINES, progress
 from benchmarks.significance import verdict
 from benchmarks.spheres import filter_spheres
@@ -293,6 +296,52 @@ def test_devices_share_a_batch(scan):
 def test_batches_that_cannot_be_shared():
     with pytest.raises(data.DataError, match="16 images cannot be shared by 3 devices"):
         tiny_trainer(devices=jax.devices()[:3])
+
+
+@pytest.mark.usefixtures("standard_promotion")  # for Flax's
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_is_that_of_flax(dtype):
+    x = jax.random.normal(jax.random.key(0), (8, 5, 5, 6), dtype) * 3 + 1
+    options = {"momentum": 0.9, "epsilon": 1e-5, "dtype": dtype}
+    ours, flax = (
+        {train: norm(use_running_average=not train, **options) for train in (True, False)}
+        for norm in (BatchNorm, nn.BatchNorm)
+    )
+    variables = flax[False].init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours[False].init(jax.random.key(1), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+    params = jax.tree.map(
+        lambda p: p + jax.random.normal(jax.random.key(2), p.shape), variables["params"]
+    )
+    weights = jax.random.normal(jax.random.key(3), x.shape)
+
+    def outcome(norm):
+        def loss(params, x):
+            y, new = norm[True].apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return (weights * y.astype(jnp.float32)).sum(), (y, new)
+
+        grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        average = norm[False].apply({"params": params, **new}, x)
+        return grads, y, new, average
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.02
+    chex.assert_trees_all_close(outcome(ours), outcome(flax), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("optimizer", protocol.METHODS)
+def test_few_kernels_compute_the_same(optimizer, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "tiny", TINY)
+    digits = data.load("digits", limit=50)
+    values = protocol.Hyperparameters(0.01, 0.99, 1e-3)
+    few, many = (
+        train.make_trainer(digits, "tiny", optimizer, values, 2, 16, few_kernels=few)
+        for few in (True, False)
+    )
+    assert len(jax.tree.leaves(few.shapes())) <= len(jax.tree.leaves(many.shapes()))
+    assert few.model.norm is BatchNorm
+    np.testing.assert_allclose(few.run(3, 2).train_loss, many.run(3, 2).train_loss, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("standard_promotion")
