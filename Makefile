@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test rehearse clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -13,6 +13,11 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest --numprocesses=auto --quiet
+
+# Both calls to a lent GPU, in small on this CPU. Needs a Python 3.12, and about ten minutes.
+PYTHON312 ?= python3.12
+rehearse: $(READY)
+	$(BIN)/python -m benchmarks.gpu.rehearse --python $(PYTHON312) $(if $(DATA),--data-dir $(DATA))
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

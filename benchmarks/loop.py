@@ -145,7 +145,7 @@ class Trainer:
     def _train(self) -> Any:
         """Compiled ahead of time, so that no measured step contains compilation."""
         train = jax.jit(
-            self._epoch if self.scan else self.train_step,
+            self.epoch if self.scan else self.train_step,
             donate_argnums=0,
             in_shardings=self.replicated,
             out_shardings=self.replicated,
@@ -245,7 +245,7 @@ class Trainer:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
 
-    def _epoch(
+    def epoch(
         self, state: State, images: jax.Array, labels: jax.Array, plan: Plan
     ) -> tuple[State, jax.Array]:
         def body(state, step):

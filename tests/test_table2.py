@@ -611,28 +611,3 @@ def test_killed_at_random(tmp_path, expected):
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert outcomes(tmp_path) == expected
     assert not list(tmp_path.glob("**/*.corrupt"))
-
-
-@pytest.mark.parametrize(
-    ("limit", "python", "status", "stages"),
-    [
-        ("60", "exit 0", 0, 4),
-        ("12", "sleep 100", 75, 1),  # the time was up: call again
-        ("5", "exit 0", 75, 0),
-        ("60", "exit 2", 2, 1),
-    ],
-)
-def test_calls_of_limited_length(tmp_path, limit, python, status, stages):
-    stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{python}\n', encoding="utf-8")
-    stub.chmod(0o755)
-    settings = {"DATA": "there", "OUT": str(tmp_path / "out"), "LIMIT": limit, "PYTHON": str(stub)}
-    script = Path(sweep.__file__).with_name("gpu.sh")
-    start = time.monotonic()
-    done = subprocess.run(["bash", script], env=os.environ | settings, capture_output=True)
-    assert done.returncode == status, done.stderr
-    assert time.monotonic() - start < 30
-    called = (tmp_path / "called").read_text("utf-8").splitlines() if stages else []
-    assert len(called) == stages
-    for line in called[:2]:  # what is asked for are options that there are
-        table2.make_parser().parse_args(line.split()[2:])

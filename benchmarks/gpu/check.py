@@ -1,0 +1,42 @@
+"""What this machine has, as one line of JSON; fails with one line where something is missing."""
+
+import importlib
+import json
+import sys
+
+NEEDED = (
+    "flax",
+    "optax",
+    "orbax.checkpoint",
+    "filelock",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "rich",
+    "PIL",
+)
+
+
+def main() -> None:
+    missing = []
+    for name in ("jax", *NEEDED):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing.append(f"{name} ({error})")
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}")
+    import jax
+
+    from benchmarks import report
+
+    try:
+        kind, platform = jax.devices()[0].device_kind, jax.default_backend()
+    except RuntimeError as error:
+        sys.exit(f"no device: {' '.join(str(error).split())}")
+    found = {"device": kind, "platform": platform, "jax": jax.__version__}
+    print(json.dumps(found | {"slug": report.device_slug() or "cpu"}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a call brings back: few files, none of them large, and only what the next one can use.
+
+results.tar.gz    tables, times, figures of precision; unpacked by `collect` into benchmarks/results/gpu
+cache.tar         compiled programs, as many as the next call can carry
+log.txt           the end of what every command printed
+"""
+
+import errno
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+LARGEST = 15 * MIB  # of a file that comes back: 16 at most
+CACHE = 8 * MIB  # beside half of the data and the checkout, 64 may travel
+LOG = 64 * 1024  # bytes, of each command
+MADE_BY = "made_by.json"  # in the cache: the JAX and the device that it is good for
+FIRST = "jit_epoch"  # of the programs in the cache, those that take longest to compile
+
+
+class FullError(Exception):
+    """No room for what should come back; the message is one line."""
+
+
+def bring_back(keep: Path, out: Path, say: Callable[[str], None]) -> None:
+    """The most valuable first; what there is no room for is named and stays in `keep`."""
+    lost = []
+    pieces: dict[str, Callable[[Path], None]] = {
+        "results.tar.gz": lambda path: _pack(
+            path, "w:gz", keep / "results", _files(keep / "results")
+        ),
+        "log.txt": lambda path: _join_logs(path, keep / "logs"),
+        "cache.tar": lambda path: _pack(path, "w", keep / "cache", _worth_carrying(keep / "cache")),
+    }
+    for name, write in pieces.items():
+        partial = out / f"{name}.tmp"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            if partial.stat().st_size > LARGEST:
+                raise OSError(errno.EFBIG, f"{partial.stat().st_size / MIB:.0f} MiB are too many")
+            partial.replace(out / name)
+            say(f"{name}: {(out / name).stat().st_size / MIB:.1f} MiB")
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            lost.append(f"{name} ({error.strerror})")
+    if lost:
+        raise FullError(f"{out}: cannot take {', '.join(lost)}; it is still in {keep}")
+
+
+def unpack(archive: Path, folder: Path) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+        return [member.name for member in tar.getmembers() if member.isfile()]
+
+
+def take_cache(carried: Path, cache: Path, made_by: Mapping[str, Any]) -> str:
+    """Unpacks what an earlier call brought back; says what came of it, in one line."""
+    if not carried.exists():
+        return "no compiled programs were carried"
+    fresh = cache.with_name(f"{cache.name}.carried")
+    try:
+        names = unpack(carried, fresh)
+        theirs = json.loads((fresh / MADE_BY).read_text("utf-8"))
+    except (OSError, ValueError, tarfile.TarError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        return f"{carried}: no cache of compiled programs ({error}); everything is compiled anew"
+    if theirs != dict(made_by):
+        shutil.rmtree(fresh)
+        return f"{carried}: compiled by {theirs}, and this is {dict(made_by)}; compiled anew"
+    shutil.copytree(fresh, cache, dirs_exist_ok=True)
+    shutil.rmtree(fresh)
+    return f"{len(names)} files of compiled programs were carried"
+
+
+def _files(folder: Path) -> list[Path]:
+    skipped = {"locks", "unfinished"}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not skipped & set(path.relative_to(folder).parts)
+    )
+
+
+def _worth_carrying(cache: Path) -> list[Path]:
+    """Those of training first, then the smaller ones; the times of access that JAX notes are left."""
+    files = [path for path in _files(cache) if not path.name.endswith("-atime")]
+    files.sort(key=lambda path: (not path.name.startswith((FIRST, MADE_BY)), path.stat().st_size))
+    chosen, size = [], 0
+    for path in files:
+        size += path.stat().st_size + 1024  # a tar's header and padding
+        if size > CACHE:
+            break
+        chosen.append(path)
+    return chosen
+
+
+def _pack(path: Path, mode: Any, folder: Path, files: Iterable[Path]) -> None:
+    with tarfile.open(path, mode) as tar:
+        for file in files:
+            tar.add(file, str(file.relative_to(folder)))
+
+
+def _join_logs(path: Path, folder: Path) -> None:
+    with path.open("wb") as file:
+        for log in sorted(folder.glob("*.log"), key=os.path.getmtime):
+            text = log.read_bytes()
+            file.write(f"\n== {log.stem}, {len(text)} bytes\n".encode() + text[-LOG:])

@@ -1,0 +1,167 @@
+"""Kernels, and the bytes that they read and write, of an optimized program of XLA, from its text.
+
+The bytes of a kernel are those of its operands and results, as if no cache kept any from one kernel to
+the next; of an operand that is only sliced, those of the slices.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+NOT_KERNELS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}
+KINDS = {"kLoop": "loop fusion", "kInput": "input fusion"}  # Sums are in input fusions.
+CALLS = {"call": "to_apply", "while": "body", "async": "calls"}  # and what names the called
+SLICES = ("slice", "dynamic-slice", "gather")
+_PAIR = r"\([^()]*\)"  # A shape is one word or a tuple, here of tuples of tuples at most.
+_SHAPE = rf"\([^()]*(?:\([^()]*(?:{_PAIR}[^()]*)*\)[^()]*)*\)|\S+"
+_INSTRUCTION = re.compile(rf"\s+(?:ROOT )?%([\w.\-]+) = ({_SHAPE}) ([\w\-]+)\(([^)]*)(.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_BRANCHES = re.compile(r"(?:true|false|branch)_computations?=\{?((?:%[\w.\-]+(?:, )?)+)")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    operation: str
+    arguments: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        return _NAME.findall(self.arguments)
+
+    def called(self, attribute: str) -> str:
+        found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
+        assert found, f"{self.name}: no {attribute}"
+        return found[1]
+
+
+class Counts(NamedTuple):
+    kinds: Counter[str]
+    read: int  # bytes
+    written: int
+
+    @property
+    def kernels(self) -> int:
+        return self.kinds.total()
+
+
+Program = dict[str, list[Instruction]]
+
+
+def computations(text: str) -> tuple[str, Program]:
+    """The name of the entry computation of an optimized HLO program, and all its computations."""
+    program: Program = {}
+    entry, inside = "", None
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            inside = program[found[2]] = []
+            entry = found[2] if found[1] else entry
+        elif line.startswith("}"):
+            inside = None
+        elif inside is not None and (found := _INSTRUCTION.match(line)):
+            inside.append(Instruction(*found.groups()))
+        elif inside is not None and " = " in line:
+            raise ValueError(f"not understood: {line.strip()[:100]}")
+    return entry, program
+
+
+def count(text: str, loop_body: bool = False, larger: bool = False) -> Counts:
+    """Kernels of an optimized HLO program, and the bytes that they read and write.
+
+    Every fusion, copy, custom call and so on is one kernel, though a library may launch several for one
+    call; start and end of an asynchronous one are one together. What `call` wraps, command buffers
+    among it, counts as if it stood there, and a loop as often as it is known to run; with `loop_body`
+    it is one round of the entry's single loop that is counted, and nothing beside.
+
+    A conditional is one kernel, the copy that tells the host which branch to take, and the smaller
+    branch: with `so.track(every=10)` that of nine in ten steps, which does nothing. With `larger` it
+    is the larger branch, there that of the tenth step.
+    """
+    entry, program = computations(text)
+    if loop_body:
+        loops = [i for i in program[entry] if i.operation == "while"]
+        if len(loops) != 1:
+            raise ValueError(f"the program has {len(loops)} loops, not one")
+        entry = loops[0].called("body")
+    return _count(program, entry, larger)
+
+
+def _count(program: Program, name: str, larger: bool) -> Counts:
+    kinds: Counter[str] = Counter()
+    read = written = 0
+    sizes = {i.name: size(i.shape) for i in program[name]}
+
+    def add(inner: Counts, times: int = 1) -> None:
+        nonlocal read, written
+        kinds.update({kind: times * n for kind, n in inner.kinds.items()})
+        read, written = read + times * inner.read, written + times * inner.written
+
+    for i in program[name]:
+        # An asynchronous kernel is read from its start, whose shape holds its operands too, and written
+        # by its end.
+        operation = i.operation.removesuffix("-start")
+        if operation in NOT_KERNELS or operation in ("async-update", "async-done"):
+            continue
+        if operation in CALLS:
+            times = _rounds(i) if operation == "while" else 1
+            add(_count(program, i.called(CALLS[operation]), larger), times)
+        elif operation == "conditional":
+            add(Counts(Counter(other=1), sizes[i.operands[0]], 0))
+            names = _NAME.findall(" ".join(_BRANCHES.findall(i.attributes)))
+            branches = (_count(program, branch, larger) for branch in names)
+            choose = max if larger else min
+            add(choose(branches, key=lambda c: (c.kernels, c.read + c.written)))
+        elif operation.endswith("-done"):
+            written += sizes[i.name]
+        else:
+            kinds[_kind(operation, i.attributes)] += 1
+            written += sizes[i.name] if operation == i.operation else 0
+            taken = _slices(program[i.called("calls")]) if operation == "fusion" else {}
+            for k, operand in enumerate(i.operands):
+                read += min(taken.get(k, sizes[operand]), sizes[operand])
+    return Counts(kinds, read, written)
+
+
+def _kind(operation: str, attributes: str) -> str:
+    kind = re.search(r"\bkind=(\w+)", attributes)
+    if operation == "fusion" and kind:
+        return KINDS.get(kind[1], "other")
+    return {"copy": "copy", "custom-call": "custom call"}.get(operation, "other")
+
+
+def _rounds(loop: Instruction) -> int:
+    found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if not found:
+        raise ValueError(f"{loop.name}: how often it runs is not known")
+    return int(found[1])
+
+
+def _slices(fused: Sequence[Instruction]) -> dict[int, int]:
+    """Of those parameters of a fusion of which only slices are taken: the bytes of these."""
+    number = {i.name: int(i.arguments) for i in fused if i.operation == "parameter"}
+    taken: Counter[int] = Counter()
+    whole: set[int] = set()
+    for i in fused:
+        for k, parameter in enumerate(number.get(operand) for operand in i.operands):
+            if parameter is None:
+                continue
+            if i.operation == "bitcast":
+                number[i.name] = parameter
+            elif i.operation in SLICES and k == 0:
+                taken[parameter] += size(i.shape)
+            else:
+                whole.add(parameter)
+    return {k: n for k, n in taken.items() if k not in whole}
+
+
+def size(shape: str) -> int:
+    """Bytes of an array, or of all in a tuple; the digits in the name of a type are its bits."""
+    total = 0
+    for kind, digits, dimensions in re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", shape):
+        bits = int(digits) if digits else 8 * (kind == "pred")  # a token has none
+        total += math.ceil(bits * math.prod(map(int, re.findall(r"\d+", dimensions))) / 8)
+    return total

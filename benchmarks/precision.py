@@ -1,0 +1,331 @@
+"""How far this device's numbers are from float64, for all that the package does, beside a CPU's.
+
+    python -m benchmarks.precision [--only NAME ...] [--out FILE.json]
+    python -m benchmarks.precision --record
+
+    deviation = ||x - ref|| / max(||ref||, s sqrt(n)), the largest over all arrays, of n entries
+    passes where deviation <= max(4 x the CPU's, a floor)
+
+Of an optimizer x is the displacement in 20 steps along random gradients, and not where it ends, of which
+an error in the steps may be a small part. s is 1 for cosines and for what is zero but for rounding, and
+else 0. The reference is recorded once, on a CPU: in float64, or in float32 for the losses of training
+and the verdicts on spheres. Products are at the highest precision, but for the rows that say "default":
+on a GPU those are in TF32, and judged by its floor. `benchmarks.precision_cases` says where the floors
+come from. The exit status is 1 if a row fails; what raises an error fails alone.
+"""
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.precision_cases import Arrays, Case, Row, Values, cases, checksum
+from benchmarks.train import DTYPES, Parser
+
+RESULTS = Path(__file__).parent / "results"
+REFERENCE, CPU = RESULTS / "precision_reference.npz", RESULTS / "precision_cpu.json"
+COMMAND = "python -m benchmarks.precision"
+FACTOR = 4.0
+UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+HEADER = ("what", "float32 CPU", "float32 here", "bfloat16 CPU", "bfloat16 here", "verdict")
+
+Found = Mapping[tuple[str, str], Values | str]  # by case and dtype; or why there is nothing
+
+
+def run(case: Case, dtype: str) -> Values:
+    """As users have it: with JAX's promotions, and float64 only where that is the dtype."""
+    precision = (
+        contextlib.nullcontext()
+        if case.products is None
+        else jax.default_matmul_precision(case.products)
+    )
+    with (
+        jax.enable_x64(dtype == "float64"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        precision,
+    ):
+        return case.compute(dtype)
+
+
+def run_all(jobs: Mapping[tuple[str, str], Case]) -> dict[tuple[str, str], Values | str]:
+    """Side by side: nearly all of it is compiling. The last, training, takes longest and goes first."""
+
+    def attempt(dtype: str, case: Case) -> Values | str:
+        try:
+            return run(case, dtype)
+        except Exception as error:  # whatever it is, the other rows go on
+            return one_line(error)
+
+    with ThreadPoolExecutor(report.environment()["cores"]) as pool:
+        found = {
+            key: pool.submit(attempt, key[1], case) for key, case in reversed(list(jobs.items()))
+        }
+        return {key: future.result() for key, future in found.items()}
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def dtypes(case: Case) -> list[str]:
+    return [dtype for dtype in DTYPES if any(dtype in row.floors for row in case.rows.values())]
+
+
+# --- judgement --------------------------------------------------------------------------------
+
+
+def deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> float:
+    """Of texts: whether they differ."""
+    if x.shape != reference.shape:
+        raise ValueError(f"shape {x.shape}, in the reference {reference.shape}")
+    if x.dtype.kind == "U":
+        return float(x != reference)
+    size = max(float(np.linalg.norm(reference)), natural * x.size**0.5)
+    return float(np.linalg.norm(x - reference)) / size
+
+
+def largest(found: Arrays, reference: Arrays | None, natural: float) -> tuple[float, str]:
+    """The deviation, and of which array; NaN is larger than any number."""
+    if reference is None:
+        reference = {name: np.zeros(x.shape) for name, x in found.items()}
+    if found.keys() != reference.keys():
+        raise ValueError(f"{sorted(found)} are not the {sorted(reference)} of the reference")
+    names = list(found)
+    values = [deviation(found[name], reference[name], natural) for name in names]
+    i = int(np.argmax(values))
+    text = found[names[i]].dtype.kind == "U" and values[i]
+    return values[i], names[i] + (f": {found[names[i]]}" if text else "")
+
+
+def floor(row: Row, dtype: str) -> float:
+    coarse = dtype == "float32" and report.float32_products() not in ("float32", "highest")
+    return row.coarse if coarse and row.coarse is not None else row.floors[dtype]
+
+
+def judge(
+    what: str, row: Row, dtype: str, values: Values | str, reference: Values, cpu: float
+) -> dict[str, Any]:
+    """`values` are those of one case, `cpu` is the CPU's deviation."""
+    if isinstance(values, str):
+        return {"failed": values, "passes": False}
+    try:
+        expected = None if row.zero else reference[row.like or what]
+        found, of = largest(values[what], expected, row.natural)
+    except Exception as error:  # other arrays, other shapes, or a reference that is zero
+        return {"failed": f"not as in the reference: {one_line(error)}", "passes": False}
+    bound = max(FACTOR * cpu, floor(row, dtype))
+    return {"deviation": found, "of": of, "bound": bound, "passes": found <= bound}
+
+
+def rows(
+    chosen: Mapping[str, Case], found: Found, reference: Values, cpu: Mapping[Any, float]
+) -> list[dict[str, Any]]:
+    """`cpu` has the recorded deviations, by row and dtype; without one only the floor counts."""
+    return [
+        {"what": what}
+        | {
+            dtype: judge(
+                *(what, row, dtype, found[name, dtype]),
+                *(reference, cpu.get((what, dtype), 0.0)),
+            )
+            if dtype in row.floors
+            else None
+            for dtype in DTYPES
+        }
+        for name, case in chosen.items()
+        for what, row in case.rows.items()
+    ]
+
+
+def measure(
+    chosen: Mapping[str, Case], reference: Values, cpu: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Of this device; `cpu` is what this made of a CPU, and None of the one that is that."""
+    start = time.perf_counter()
+    jobs = {(name, dtype): case for name, case in chosen.items() for dtype in dtypes(case)}
+    found = run_all(jobs)
+    judged = rows(chosen, found, reference, deviations(cpu or {"rows": []}))
+    if cpu is None:
+        judged = rows(chosen, found, reference, deviations({"rows": judged}))
+    environment = report.environment()
+    return {"environment": environment, "seconds": time.perf_counter() - start, "rows": judged}
+
+
+def deviations(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    return {
+        (row["what"], dtype): found
+        for row in content["rows"]
+        for dtype in DTYPES
+        if row[dtype] and (found := row[dtype].get("deviation")) is not None
+    }
+
+
+# --- the reference ----------------------------------------------------------------------------
+
+
+def record() -> dict[str, Any]:
+    """Writes both files, if nothing fails."""
+    chosen = cases()
+    jobs = {
+        (name, case.reference): case
+        for name, case in chosen.items()
+        if not all(row.zero or row.like for row in case.rows.values())
+    }
+    found = run_all(jobs)
+    arrays: dict[str, Any] = {"checksum": np.uint32(checksum())}
+    for (name, _), values in found.items():
+        if isinstance(values, str):
+            raise RuntimeError(f"{name}: {values}")
+        for what, row in chosen[name].rows.items():
+            for key, x in values[what].items() if not (row.zero or row.like) else ():
+                arrays[f"{what}|{key}"] = x if x.dtype.kind == "U" else x.astype(np.float32)
+    partial = REFERENCE.with_suffix(".tmp.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(REFERENCE)
+    content = {"command": f"{COMMAND} --record"} | measure(chosen, load_reference(), None)
+    report.write_json(CPU, content)
+    return content
+
+
+def load_reference() -> dict[str, dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(io.BytesIO(REFERENCE.read_bytes())) as file:
+        if file["checksum"] != checksum():
+            raise ValueError("this NumPy draws other random numbers than the one that recorded it")
+        for key in set(file.files) - {"checksum"}:
+            what, _, name = key.partition("|")
+            x = file[key]
+            found.setdefault(what, {})[name] = x if x.dtype.kind == "U" else x.astype(np.float64)
+    return found
+
+
+def load() -> tuple[Values, dict[str, Any]]:
+    """The reference and what a CPU makes of it; ValueError if there is none that can be read."""
+    try:
+        content = json.loads(CPU.read_text("utf-8"))
+        deviations(content)
+        return load_reference(), content
+    except UNREADABLE as error:
+        raise ValueError(one_line(error)) from error
+
+
+# --- the report -------------------------------------------------------------------------------
+
+
+def _cell(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return "-"
+    if "failed" in measured:
+        return "failed"
+    found = measured["deviation"]
+    return "NaN" if found is None or found != found else f"{found:.1e}" if found else "0"
+
+
+def cells(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The numbers as texts, a dash for what there is not; `cpu` is the recorded content."""
+    beside = {row["what"]: row for row in cpu["rows"]}
+    return [
+        (
+            row["what"],
+            *(
+                _cell(of.get(dtype))
+                for dtype in DTYPES
+                for of in (beside.get(row["what"], {}), row)
+            ),
+            "passes" if passes(row) else "FAILS",
+        )
+        for row in content["rows"]
+    ]
+
+
+def passes(row: Mapping[str, Any]) -> bool:
+    return all(row[dtype]["passes"] for dtype in DTYPES if row[dtype])
+
+
+def problems(content: Mapping[str, Any]) -> list[str]:
+    """A line for whatever fails."""
+    return [
+        f"{row['what']}, {dtype}: "
+        + (
+            f"failed: {found['failed']}"
+            if "failed" in found
+            else f"{_cell(found)} ({found['of']}), and at most {found['bound']:.1e} passes"
+        )
+        for row in content["rows"]
+        for dtype in DTYPES
+        if (found := row[dtype]) and not found["passes"]
+    ]
+
+
+def table(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> Table:
+    environment = content["environment"]
+    found = Table(title_justify="left", box=SIMPLE_HEAD, padding=0)
+    found.title = (
+        f"Deviation from the reference; here: {environment['device']}, default products in "
+        f"{environment['float32_products']}"
+    )
+    found.add_column(HEADER[0], no_wrap=True)
+    for column in HEADER[1:]:
+        found.add_column(column, justify="right", max_width=8)
+    for row in cells(content, cpu):
+        found.add_row(*row)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="benchmarks.precision", description=str(__doc__).splitlines()[0])
+    help_text = "record the reference and the CPU's deviations; on a CPU only"
+    parser.add_argument("--record", action="store_true", help=help_text)
+    known = cases()
+    parser.add_argument("--only", nargs="+", choices=list(known), metavar="NAME")
+    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
+    args = parser.parse_args(argv)
+    if args.record:
+        if args.only or args.out:
+            parser.error("--record: records everything, where it belongs; no other option")
+        if (platform := jax.default_backend()) != "cpu":
+            parser.error(f"--record: the reference is recorded on a CPU, and this is a {platform}")
+        try:
+            content = cpu = record()
+        except RuntimeError as error:
+            parser.exit(1, f"error: nothing recorded: {error}\n")
+        print(f"written: {REFERENCE}\nwritten: {CPU}")
+    else:
+        if args.out:
+            parser.require_writable(args.out, args.out.parent)
+        try:
+            reference, cpu = load()
+        except ValueError as error:
+            parser.error(f"no reference ({error}); record one on a CPU: {COMMAND} --record")
+        chosen = {name: known[name] for name in args.only or known}
+        content = measure(chosen, reference, cpu)
+    Console().print(table(content, cpu))
+    found = problems(content)
+    print("\n".join(found) or f"everything passes, in {content['seconds']:.0f} s")
+    if args.out:
+        only = ["--only", *args.only] if args.only else []
+        command = shlex.join([*COMMAND.split(), *only])
+        report.write_json(args.out, {"command": command} | content)
+        print(f"written: {args.out}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""The two calls to a lent GPU, without one: what travels, what comes back, and what goes wrong."""
+
+import errno
+import json
+import os
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import speed, table2
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import calls, check, luggage, parcels, rehearse
+
+DEVICE = {"device": "cpu", "platform": "cpu", "jax": "0.0", "slug": "cpu"}
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """More than a strip, and parts that no strip divides."""
+    return rehearse.random_data(tmp_path / "data") / "cifar10.npz"
+
+
+def test_halves_are_put_together(tmp_path, npz):
+    parcels.pack(npz, tmp_path / "parcel")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parcel").rglob("*")}
+    parcels.pack(npz, tmp_path / "parcel")  # what is there is not packed again
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "parcel").rglob("*")}
+    with np.load(npz) as expected, np.load(parcels.unpack(tmp_path / "parcel", tmp_path)) as found:
+        assert set(found) == set(expected)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("half", "damage", "message"),
+    [
+        ("b", lambda p: [f.unlink() for f in p.iterdir()], "b: this half of the data is missing"),
+        ("a", lambda p: (p / "000.webp").write_bytes(b"RIFF"), "a: cannot be read"),
+        ("b", lambda p: (p / "000.webp").replace(p / "002.webp"), "b: is damaged"),
+        ("a", lambda p: (p / "001.webp").unlink(), "a: is damaged"),
+    ],
+)
+def test_a_half_that_is_not_whole(tmp_path, npz, half, damage, message):
+    parcels.pack(npz, tmp_path / "parcel")
+    damage(tmp_path / "parcel" / half)
+    with pytest.raises(parcels.ParcelError, match=message) as error:
+        parcels.unpack(tmp_path / "parcel", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def keep(tmp_path):
+    folder = tmp_path / "keep"
+    for name in ("logs", "results/table2/column", "results/table2/locks", "cache"):
+        (folder / name).mkdir(parents=True)
+    (folder / "results/table2/column/run.json").write_text("{}")
+    (folder / "results/table2/locks/run.lock").write_text("")
+    (folder / "logs/training.log").write_text("trained\n")
+    (folder / "cache" / luggage.MADE_BY).write_text(json.dumps(DEVICE))
+    (folder / "cache/jit_epoch-1-cache").write_bytes(bytes(1000))
+    (folder / "cache/jit_epoch-1-atime").write_bytes(b"now")
+    (folder / "cache/jit_other-1-cache").write_bytes(bytes(10))
+    return folder
+
+
+def test_what_comes_back_is_taken_in(tmp_path, keep, capsys):
+    """Results where pages are made from them, and compiled programs for the next call."""
+    luggage.bring_back(keep, tmp_path / "out", print)
+    names = ["cache.tar", "log.txt", "results.tar.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    results, carried, cache = (tmp_path / name for name in ("results", "carried", "cache"))
+    words = ["--results", str(results), "--carried", str(carried)]
+    assert gpu.main(["collect", str(tmp_path / "out"), *words]) == 0
+    assert [path.name for path in results.rglob("*.*")] == ["run.json"]  # no locks
+    said = luggage.take_cache(carried / "cache.tar", cache, DEVICE)
+    assert said == "3 files of compiled programs were carried"
+    assert (cache / "jit_epoch-1-cache").stat().st_size == 1000
+    said = luggage.take_cache(carried / "cache.tar", tmp_path / "no", DEVICE | {"jax": "9.9"})
+    assert "compiled by" in said
+    assert "'jax': '9.9'" in said
+    assert not (tmp_path / "no").exists()
+    (carried / "cache.tar").write_bytes(b"no tar")
+    said = luggage.take_cache(carried / "cache.tar", tmp_path / "no", DEVICE)
+    assert "no cache of compiled programs" in said
+    assert luggage.take_cache(carried / "nowhere", cache, DEVICE).startswith("no compiled")
+    assert gpu.main(["collect", str(tmp_path / "nowhere"), *words]) == 2
+    assert "nothing came back" in capsys.readouterr().err
+
+
+def test_only_so_much_of_the_cache_travels(tmp_path, keep, monkeypatch):
+    monkeypatch.setattr(luggage, "CACHE", 2048 + 2 * 1024)
+    (keep / "cache/jit_large-1-cache").write_bytes(bytes(5000))
+    (keep / "cache/jit_other-1-cache").write_bytes(bytes(3000))
+    luggage.bring_back(keep, tmp_path / "out", lambda _: None)
+    with tarfile.open(tmp_path / "out/cache.tar") as tar:
+        assert set(tar.getnames()) == {luggage.MADE_BY, "jit_epoch-1-cache"}
+
+
+def test_a_full_folder(tmp_path, keep, monkeypatch):
+    """What fits comes back; the rest is named, and stays."""
+    pack = luggage._pack
+
+    def full(path, *rest):
+        if path.name.startswith("cache"):
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        pack(path, *rest)
+
+    monkeypatch.setattr(luggage, "_pack", full)
+    with pytest.raises(luggage.FullError, match=r"cannot take cache.tar \(No space left") as error:
+        luggage.bring_back(keep, tmp_path / "out", print)
+    assert str(keep) in str(error.value)
+    names = ["log.txt", "results.tar.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    monkeypatch.setattr(luggage, "LARGEST", 1)
+    with pytest.raises(luggage.FullError, match=r"results\.tar\.gz"):
+        luggage.bring_back(keep, tmp_path / "small", print)
+    assert not list((tmp_path / "small").iterdir())
+    assert (keep / "results/table2/column/run.json").exists()
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """On a machine where everything is found."""
+    carried = tmp_path / ".gpu"
+    carried.mkdir()
+    (carried / "commit").write_text("0123abc\n")
+    monkeypatch.setattr(calls, "CARRIED", carried)
+    monkeypatch.setattr(calls, "RESULTS", tmp_path / "before")
+    monkeypatch.setattr(calls, "check", lambda call: DEVICE)
+    return calls.Call(calls.SMALL, 1000, tmp_path / "keep", tmp_path / "out")
+
+
+def record(call, monkeypatch):
+    """The commands that the call would have run."""
+    found = []
+    monkeypatch.setattr(call, "stage", lambda limit, *commands: found.extend(commands))
+    return found
+
+
+def test_what_takes_too_long_is_ended(call, capsys):
+    code = "import os, time; print(os.environ['COMMIT'], flush=True); time.sleep({})"
+
+    def command(name, seconds):
+        return calls.Command(name, "timeit", ["-n", 1, "-r", 1, code.format(seconds)])
+
+    start = time.monotonic()
+    call.setting = call.setting._replace(patience=1.0)
+    call.stage(8.0, command("long", 100), command("short", 0))
+    assert time.monotonic() - start < 30
+    assert len(call.failed) == 1
+    assert call.failed[0].startswith("long: its time was up")
+    assert "short: status 0" in capsys.readouterr().out
+    assert (call.keep / "logs/short.log").read_text().startswith("0123abc")
+    call._end = 0.0
+    call.stage(8.0, command("late", 0))
+    assert call.failed[-1] == "late: no time"
+
+
+def test_the_fastest_is_chosen(call, monkeypatch):
+    """Images per second decide about flags and processes."""
+    speeds = {"warm_adamsrt": 100.0, "warm_adamsrt_flags": 120.0}
+    speeds |= {"warm_adamsrt_flags_0": 70.0, "warm_adamsrt_flags_1": 71.0}
+    column, stages = call.setting.column, []
+
+    def stage(limit, *commands):
+        stages.append([command.name for command in commands])
+        for command in commands:
+            content = {"images_per_second": {column: {"adamsrt": speeds[command.name]}}}
+            (call.keep / f"{command.name}.json").write_text(json.dumps(content))
+
+    def choice():
+        calls.choose(call, DEVICE)
+        content = json.loads((call.keep / "results/choice.json").read_text())
+        return content["flags"], content["processes"]
+
+    monkeypatch.setattr(call, "stage", stage)
+    assert choice() == (call.setting.flags[1], 2)
+    assert stages[-1] == ["warm_adamsrt_flags_0", "warm_adamsrt_flags_1"]
+    speeds |= {"warm_adamsrt_flags": 102.0, "warm_adamsrt_0": 50.0, "warm_adamsrt_1": 60.0}
+    assert choice() == ("", 1)
+    monkeypatch.setattr(call, "stage", lambda limit, *commands: None)
+    for path in call.keep.glob("warm_*.json"):
+        path.unlink()
+    assert choice() == ("", 1)  # nothing could be measured
+
+
+def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch):
+    """Training begins from committed results, and a committed choice is kept."""
+    parcels.pack(npz, calls.CARRIED)
+    choice = {"flags": "--some_flag", "processes": 2}
+    (calls.RESULTS / "table2").mkdir(parents=True)
+    (calls.RESULTS / "choice.json").write_text(json.dumps(choice))
+    (calls.RESULTS / "table2/run.json").write_text("{}")
+    found = record(call, monkeypatch)
+    calls.first(call)
+    assert not any("flags" in command.name for command in found)
+    assert [c.name for c in found if "precision" in c.name] == ["precision"]
+    found.clear()
+    (call.keep / "logs/training_0.log").write_text("Learning rates and weight decays\n")
+    calls.second(call)
+    assert [command.name for command in found] == ["unpack", "training_0", "training_1"]
+    assert {command.flags for command in found[1:]} == {"--some_flag"}
+    assert (call.keep / "results/table2/run.json").exists()
+
+
+def test_commands_have_options_that_there_are(call, monkeypatch):
+    found = record(call, monkeypatch)
+    for setting in (calls.Setting(), calls.SMALL):
+        call.setting = setting
+        calls.first(call)
+        assert set(setting.contenders) <= set(speed.optimizers(None, 0.0))
+    parser = table2.make_parser()
+    trained = [command.words for command in found if command.module == "benchmarks.table2"]
+    assert trained
+    for words in trained:
+        parser.parse_args([str(word) for word in words])
+    modules = {"benchmarks.table2", "benchmarks.precision", "benchmarks.speed"}
+    assert {command.module for command in found} == modules
+    assert len({command.name for command in found}) > 15
+
+
+def test_a_missing_half(call, npz, monkeypatch):
+    """The first call measures all the same; the second says what is missing."""
+    parcels.pack(npz, calls.CARRIED)
+    (calls.CARRIED / "a" / parcels.ABOUT).unlink()
+    found = record(call, monkeypatch)
+    calls.first(call)
+    assert call.failed == ["half a of the data was not carried"]
+    assert found
+    with pytest.raises(calls.CallError, match="half a of the data is not here: run `first` before"):
+        calls.second(call)
+
+
+@pytest.mark.parametrize("small", [[], ["--small"]])
+def test_no_gpu(tmp_path, monkeypatch, capsys, small):
+    """One line; what earlier calls left comes back."""
+    (tmp_path / ".gpu").mkdir()
+    (tmp_path / ".gpu/commit").write_text("0123abc")
+    monkeypatch.setattr(calls, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform" if small else "cpu")
+    monkeypatch.setattr(calls, "_take_half", pytest.fail)
+    assert gpu.main(["second", "100", *small, "--keep", str(tmp_path / "keep")]) == 1
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert ("this machine cannot do it: no device" if small else "no GPU: JAX finds cpu") in line
+    assert (tmp_path / "out/results.tar.gz").exists()
+
+
+def test_what_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(SystemExit, match="not installed: rich"):
+        check.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prepare", "--data-dir", "nowhere"], "nowhere/cifar10.npz is not there"),
+        (["first", "100"], "OUT does not name the folder"),
+        (["second", "100", "--keep", "here"], "commit is missing: run `prepare`, and carry it"),
+    ],
+)
+def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calls, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.delenv("OUT", raising=False)
+    if "second" in words:
+        monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu.main(words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_prepare(tmp_path, npz, monkeypatch, capsys):
+    git = {"status": "", "rev-parse": "0123abc", "ls-files": "README.md"}
+    monkeypatch.setattr(gpu, "_git", lambda word, *_: git[word])
+    words = ["prepare", "--data-dir", str(npz.parent), "--folder", str(tmp_path / ".gpu")]
+    assert gpu.main(words) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("MiB travel; carry .gpu/commit .gpu/a")
+    assert second.endswith("MiB travel; carry .gpu/commit .gpu/b")
+    assert (tmp_path / ".gpu/commit").read_text() == "0123abc\n"
+    monkeypatch.setattr(gpu, "LIMIT", 1000)
+    assert gpu.main(words) == 2
+    assert "first: more than" in capsys.readouterr().err
+    git["status"] = " M README.md"
+    assert gpu.main(words) == 2
+    assert "commit first" in capsys.readouterr().err
+
+
+def test_a_rehearsal_fails_when_it_should(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    compiled = "Finished XLA compilation of jit(train_step) in 1 sec\n"
+    (logs / "training_0.log").write_text(2 * compiled)
+    rehearse.check_logs(tmp_path, 2)
+    with pytest.raises(rehearse.Failure, match="2 compilations of training"):
+        rehearse.check_logs(tmp_path, 1)
+    (logs / "warm_adam.log").write_text("x.py:1: DeprecationWarning: old\n")
+    with pytest.raises(rehearse.Failure, match=r"warm_adam.log: .*DeprecationWarning"):
+        rehearse.check_logs(tmp_path, 2)
+    run = tmp_path / "table2" / "cifar10-16_resnet8"
+    run.mkdir(parents=True)
+    with pytest.raises(rehearse.Failure, match="0 runs"):
+        rehearse.check_results(tmp_path, calls.SMALL, "0123abc")
+    for i in range(8):
+        (run / f"{i}.json").write_text(json.dumps({"commit": None if i else "0123abc"}))
+    with pytest.raises(rehearse.Failure, match="commits"):
+        rehearse.check_results(tmp_path, calls.SMALL, "0123abc")
