@@ -20,6 +20,7 @@ from benchmarks.data import SOURCES, Dataset, Split
 from benchmarks.loop import Trainer
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
+from benchmarks.normalization import BatchNorm
 
 STEPS, RATE, B2, DECAY = 20, 1e-2, 0.99, 5e-4
 BATCH, TRAINING_RATE = 64, 1e-3
@@ -87,7 +88,8 @@ VERDICTS = Row({"float32": 0.0, "bfloat16": 0.0})
 # losses are not smooth. Errors of 1e-7 in the first parameters made up to 1.5e-6 of them, of 1e-5
 # 2.1e-5; factors in TF32 8e-5, activations in bfloat16 2e-4; 1.01 times this learning rate 5.4e-5.
 LOSSES = Row({"float32": 3e-5})
-DEFAULT_LOSSES = Row({"float32": 3e-5, "bfloat16": 5e-4}, coarse=4e-4, like="training")
+FEW_LOSSES = Row({"float32": 3e-5, "bfloat16": 5e-4}, like="training")
+DEFAULT_LOSSES = FEW_LOSSES._replace(coarse=4e-4)
 
 
 @functools.cache
@@ -269,16 +271,24 @@ def images() -> tuple[np.ndarray, np.ndarray]:
     return pixels, rng.integers(0, 10, n).astype(np.int32)
 
 
-def losses(what: str, dtype: str) -> Values:
-    """Of four steps; `dtype` is that of the activations."""
+def losses(what: str, dtype: str, few_kernels: bool = False) -> Values:
+    """Of four steps; `dtype` is that of the activations.
+
+    With `few_kernels` by the program that `benchmarks.train.make_trainer` makes for accelerators.
+    """
     x, y = images()
     few = Split(x[:1], y[:1])
     data = Dataset(SOURCES["cifar10"], Split(x, y), few, few)
-    net = MODELS["resnet8"](10, dtype=jnp.dtype(dtype))
+    norm = BatchNorm if few_kernels else nn.BatchNorm
+    net = MODELS["resnet8"](10, dtype=jnp.dtype(dtype), norm=norm)
     init = functools.partial(net.init, train=False)
     shapes: Any = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *x.shape[1:])))
     spheres = so.spheres_where(shapes["params"], "Conv")
-    tx = so.adamsrt(TRAINING_RATE, spheres, b2=B2, weight_decay=DECAY)
+
+    def make(spheres: Any) -> optax.GradientTransformation:
+        return so.adamsrt(TRAINING_RATE, spheres, b2=B2, weight_decay=DECAY)
+
+    tx = so.stacked(make, spheres) if few_kernels else make(spheres)
     trainer = Trainer(net, data, tx, BATCH, scan=True, devices=jax.devices()[:1])
     _, found, _ = trainer.train_epoch(trainer.init(0), 0, 0)
     return {what: named({f"step {i}": loss for i, loss in enumerate(found)})}
@@ -302,10 +312,11 @@ def cases() -> dict[str, Case]:
         found[name] = Case(functools.partial(tracked, name, makes[inner]), rows)
     found["geometry"] = Case(geometry, {f"geometry.{name}": GEOMETRY for name in MAPS})
     found["spheres"] = Case(discovery, DISCOVERY, reference="float32")
-    for name, row, products in (
-        ("training", LOSSES, "highest"),
-        ("training, default products", DEFAULT_LOSSES, None),
+    for name, row, products, few_kernels in (
+        ("training", LOSSES, "highest", False),
+        ("training, few kernels", FEW_LOSSES, "highest", True),
+        ("training, default products", DEFAULT_LOSSES, None, False),
     ):
-        compute = functools.partial(losses, name)
+        compute = functools.partial(losses, name, few_kernels=few_kernels)
         found[name] = Case(compute, {name: row}, products, reference="float32")
     return found

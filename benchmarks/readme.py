@@ -17,7 +17,18 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import claims, figures, protocol, report, speed, table2, throughput
+from benchmarks import (
+    claims,
+    figures,
+    kernels,
+    precision,
+    protocol,
+    report,
+    speed,
+    table2,
+    throughput,
+)
+from benchmarks.gpu import predictions
 from benchmarks.loop import Run
 from benchmarks.methods import METHODS
 from benchmarks.published import TABLE2
@@ -87,10 +98,12 @@ def studies(folder: Path) -> list[Study]:
     settings: dict[tuple, list[Job]] = {}
     for path in sorted(folder.glob("*/*.json")):
         try:
-            job = Job(**json.loads(path.read_text("utf-8"))["recipe"])
+            content = json.loads(path.read_text("utf-8"))
+            job = Job(**content["recipe"])
+            platform = report.platform(content["environment"])
         except (ValueError, TypeError, KeyError) as error:
             raise SystemExit(f"error: {path}: no result of a run ({error})") from error
-        key = (job.column, job.epochs, job.batch_size, str(job.images), job.dtype)
+        key = (platform, job.column, job.epochs, job.batch_size, str(job.images), job.dtype)
         settings.setdefault(key, []).append(job)
     return [Study(store, jobs) for _, jobs in sorted(settings.items())]
 
@@ -215,9 +228,16 @@ def throughput_section(folder: Path = RESULTS) -> Iterator[str]:
     for path in sorted(folder.glob("throughput_*.json")):
         content = json.loads(path.read_text("utf-8"))
         recipe, ways = content["recipe"], content["ways"]
+        options = [
+            f"--{name.replace('_', '-')} {' '.join(map(str, value))}"
+            if isinstance(value, list)
+            else f"--{name.replace('_', '-')} {value}"
+            for name, value in recipe.items()
+        ]
         yield (
             f"{recipe['model']}, images of {recipe['dataset']}'s shape, batches of "
-            f"{recipe['batch_size']}; device: {ways[0]['device']}:"
+            f"{recipe['batch_size']} (`python -m benchmarks.throughput {' '.join(options)}`; device: "
+            f"{ways[0]['device']}):"
         )
         yield markdown(throughput.HEADER, throughput.cells(ways))
 
@@ -267,6 +287,79 @@ def cost_section(folder: Path = RESULTS) -> Iterator[str]:
     yield markdown(("", *SPEED.values(), "state", "temporary memory"), rows)
 
 
+def kernels_section(folder: Path = RESULTS) -> Iterator[str]:
+    """A row for every optimizer, a column for every network."""
+    content = json.loads((folder / "kernels.json").read_text("utf-8"))
+    models = {name: model["optimizers"] for name, model in content["models"].items()}
+    places = {name: kernels.HEADER.index(name) for name in ("kernels", "temp. MiB")}
+    found = {name: {row[0]: row for row in kernels.cells(rows)} for name, rows in models.items()}
+    names = list(next(iter(models.values())))
+    environment = content["environment"]
+    yield (
+        f"`{content['command']}`; device: {environment['device']}, JAX {environment['jax']}. Kernels "
+        "of one step, and in brackets the bytes that they read and write, as a ratio to those of "
+        "`optax.adam`:"
+    )
+
+    def moved(row: dict[str, Any]) -> int:
+        return row["read_bytes"] + row["written_bytes"]
+
+    def cell(model: str, name: str) -> str:
+        row, adam = models[model][name], models[model][speed.REFERENCE]
+        return f"{found[model][name][places['kernels']]} ({moved(row) / moved(adam):.2f})"
+
+    header = [*models]
+    yield markdown(
+        ("optimizer", *header), [[name, *(cell(m, name) for m in models)] for name in names]
+    )
+    yield "Temporary memory in the same programs, MiB:"
+    memory = places["temp. MiB"]
+    yield markdown(
+        ("optimizer", *header),
+        [[name, *(found[m][name][memory] for m in models)] for name in names],
+    )
+
+
+def kernels_training_section(folder: Path = RESULTS) -> Iterator[str]:
+    content = json.loads((folder / "kernels_training.json").read_text("utf-8"))
+    yield f"{content['title']} (`{content['command']}`; device: {content['environment']['device']}):"
+    reference = METHODS["adam"].label
+    yield markdown(kernels.HEADER, kernels.cells(content["optimizers"], reference))
+
+
+def precision_section(folder: Path = RESULTS) -> Iterator[str]:
+    cpu = json.loads(precision.CPU.read_text("utf-8"))
+    measured = [json.loads(path.read_text("utf-8")) for path in gpu_results("precision_*", folder)]
+    recorded = f"recorded on a CPU with JAX {cpu['environment']['jax']}"
+    if not measured:
+        yield f"`{precision.COMMAND}`, {recorded}; no other device has been measured yet:"
+        rows = precision.cells(cpu, cpu)
+        yield markdown(("what", "float32", "bfloat16"), [(row[0], row[1], row[3]) for row in rows])
+    for content in measured:
+        environment = content["environment"]
+        yield (
+            f"`{precision.COMMAND}`; device: {environment['device']}, float32 products in "
+            f"{environment['float32_products']}, JAX {environment['jax']}; the CPU's: {recorded}:"
+        )
+        yield markdown(precision.HEADER, precision.cells(content, cpu))
+
+
+def gpu_section(folder: Path = RESULTS) -> Iterator[str]:
+    """What was expected, beside what was measured; then everything that was."""
+    yield markdown(predictions.HEADER, predictions.rows(folder / "gpu"))
+    for path in gpu_results("speed_*", folder):
+        content = json.loads(path.read_text("utf-8"))
+        device = content["environment"]["device"]
+        yield f"{content['title']} (`{content['command']}`; device: {device}):"
+        yield markdown(speed.HEADER, speed.cells(content["optimizers"]))
+    if (folder / "gpu" / "table2").exists():
+        yield from table2_section(folder / "gpu" / "table2")
+
+
+def gpu_results(pattern: str, folder: Path = RESULTS) -> list[Path]:
+    return sorted((folder / "gpu").glob(f"{pattern}.json"))
+
+
 def own_section() -> Iterator[str]:
     for study in studies(RESULTS / "table2"):
         if study.column == OWN:
@@ -279,6 +372,10 @@ PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
         "later": later_section,
         "throughput": throughput_section,
         "speed": speed_section,
+        "kernels": kernels_section,
+        "kernels of training": kernels_training_section,
+        "precision": precision_section,
+        "gpu": gpu_section,
     },
     HERE.parent / "README.md": {"column": own_section, "cost": cost_section},
 }
@@ -297,7 +394,8 @@ def render(page: Path, text: str) -> str:
 
 
 def main() -> int:
-    for study in (study for name in ("table2", "later") for study in studies(RESULTS / name)):
+    folders = ("table2", "later", "gpu/table2")
+    for study in (study for name in folders for study in studies(RESULTS / name)):
         if study.results:
             figures.training_loss_twice(study.results, study.column, study.figure)
     for page in PAGES:

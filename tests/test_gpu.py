@@ -186,7 +186,11 @@ def test_the_fastest_is_chosen(call, monkeypatch):
     monkeypatch.setattr(call, "stage", lambda limit, *commands: None)
     for path in call.keep.glob("warm_*.json"):
         path.unlink()
-    assert choice() == ("", 1)  # nothing could be measured
+    assert choice() == ("", 1)  # nothing works
+    (call.keep / "results/choice.json").unlink()
+    call._end = 0.0
+    calls.choose(call, DEVICE)
+    assert not (call.keep / "results/choice.json").exists()  # undecided
 
 
 def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch):

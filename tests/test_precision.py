@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -108,14 +109,21 @@ def test_what_raises_fails_alone(method, capsys):
     assert any(line.split()[:1] == ["sgd"] and "passes" in line for line in lines)
 
 
-def test_other_arrays_than_the_reference(monkeypatch, capsys):
-    reference, cpu = precision.load()
-    monkeypatch.setattr(precision, "load", lambda: (reference | {"sgd": {}}, cpu))
-    assert main(["--only", "sgd"]) == 1
-    assert "failed: not as in the reference: ValueError" in capsys.readouterr().out
-    values, zero = {"sgd": {"a": np.ones(1)}}, {"sgd": {"a": np.zeros(1)}}
-    found = precision.judge("sgd", precision_cases.STEPPED, "float32", values, zero, 0.0)
-    assert found["failed"].startswith("not as in the reference: ZeroDivisionError")
+@pytest.mark.parametrize(
+    ("reference", "error"),
+    [
+        ({}, "KeyError"),
+        ({"sgd": {}}, "ValueError"),
+        ({"sgd": {"a": np.ones((1, 1))}}, "ValueError: shape"),
+        ({"sgd": {"a": np.zeros(1)}}, "ZeroDivisionError"),
+    ],
+)
+def test_other_arrays_than_the_reference(reference, error):
+    values = {"sgd": {"a": np.ones(1)}}
+    judged = partial(precision.judge, "sgd", precision_cases.STEPPED, "float32", values)
+    assert judged({"sgd": {"a": np.ones(1)}}, 0.0)["passes"]
+    found = judged(reference, 0.0)
+    assert found["failed"].startswith(f"not as in the reference: {error}")
     assert not found["passes"]
 
 

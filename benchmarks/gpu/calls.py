@@ -27,7 +27,7 @@ TOGETHER = 1.15  # by which two processes have to be faster than one
 CONVOLUTIONS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
 
 # What each kind of stage may take, in seconds: about twice what is expected.
-CHECK, FIRST_COMPILE, COMPILE, ALONE, UNPACK = 60, 100, 110, 45, 60
+CHECK, FIRST_COMPILE, COMPILE, STEP_TIMES, ALONE, UNPACK = 60, 100, 110, 45, 45, 60
 
 
 class CallError(Exception):
@@ -188,10 +188,10 @@ def first(call: Call) -> None:
     call.stage(
         COMPILE, *others, *(_speed(call, model, compile_only=True) for model in setting.models)
     )
+    for model in setting.models:
+        call.stage(STEP_TIMES, _speed(call, model))
     if chosen is None:
         choose(call, device)
-    for model in setting.models:
-        call.stage(call.left(), _speed(call, model))
 
 
 def second(call: Call) -> None:
@@ -248,7 +248,8 @@ def check(call: Call) -> dict[str, Any]:
 def choose(call: Call, device: Mapping[str, Any]) -> None:
     """The flags of XLA, and how many processes at once: by images per second, once and for all tables.
 
-    The choice is committed with the results, and later calls keep to it.
+    The choice is committed with the results, and later calls keep to it. There is none if the time was
+    too short for all that decides: then the next call chooses.
     """
     speeds: dict[str, float] = {}
     for flags in call.setting.flags:
@@ -264,6 +265,9 @@ def choose(call: Call, device: Mapping[str, Any]) -> None:
     pair = [_warm(call, METHOD, flags=fastest, place=place) for place in ("_0", "_1")]
     call.stage(ALONE, *pair)
     both = [_images_per_second(call, command) for command in pair]
+    if call.left() <= 0:
+        call.say("nothing chosen: the time was too short")
+        return
     processes = 2 if min(both) > 0 and sum(both) > TOGETHER * speeds[fastest] else 1
     content = {
         "device": device,

@@ -16,7 +16,7 @@ from typing import Any
 
 MIB = 2**20
 LARGEST = 15 * MIB  # of a file that comes back: 16 at most
-CACHE = 8 * MIB  # beside half of the data and the checkout, 64 may travel
+CACHE = 6 * MIB  # beside the checkout, 7, and half of the data, 49, of the 64 that may travel
 LOG = 64 * 1024  # bytes, of each command
 MADE_BY = "made_by.json"  # in the cache: the JAX and the device that it is good for
 FIRST = "jit_epoch"  # of the programs in the cache, those that take longest to compile
