@@ -211,11 +211,14 @@ class Trainer:
             on_epoch(run, state)
         return run
 
+    def compile(self) -> None:
+        """All that a run needs."""
+        _ = self._train, self.plan(0, 0)
+        self._accuracy(self.init(0), self.validation[:1])
+
     def images_per_second(self, epochs: int) -> float:
         """In the fastest of some epochs; one before them touches memory for the first time."""
-        state = self.init(0)
-        self._accuracy(state, self.validation[:1])  # is compiled too
-        times = []
+        state, times = self.init(0), []
         for epoch in range(1 + epochs):
             state, _, step_time = self.train_epoch(state, 0, epoch)
             times.append(step_time)

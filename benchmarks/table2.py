@@ -82,6 +82,8 @@ def make_parser() -> Parser:
         "only compile, on random images, and write how many images a second each method trains"
     )
     add("--warm", type=Path, metavar="FILE.json", help=help_text)
+    help_text = "that --warm measures; 0: it compiles and measures nothing"
+    add("--warm-epochs", type=at_least(int, 0), default=WARM_EPOCHS, help=help_text)
     return parser
 
 
@@ -207,16 +209,19 @@ def _trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool)
     )
 
 
-def warm(sweep: Sweep, column: str) -> dict[str, float]:
+def warm(sweep: Sweep, column: str) -> dict[str, float | None]:
     """Compiles what the runs need, and measures how many images a second every method then trains.
 
     A program knows of the images only how many there are: random ones fill the compilation cache too.
     """
     jobs = sweep.grid_jobs(column) if sweep.args.grid else sweep.jobs(column)
-    found = {}
+    found: dict[str, float | None] = {}
     for method, job in {job.method: job for job in reversed(jobs)}.items():
-        found[method] = sweep.trainer(job).images_per_second(WARM_EPOCHS)
-        print(f"{column}, {method}: {found[method]:,.0f} images/s", flush=True)
+        made, epochs = sweep.trainer(job), sweep.args.warm_epochs
+        made.compile()
+        found[method] = speed = made.images_per_second(epochs) if epochs else None
+        said = f"{speed:,.0f} images/s" if speed else "compiled"
+        print(f"{column}, {method}: {said}", flush=True)
     return found
 
 

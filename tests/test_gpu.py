@@ -163,8 +163,8 @@ def test_what_takes_too_long_is_ended(call, capsys):
 
 def test_the_fastest_is_chosen(call, monkeypatch):
     """Images per second decide about flags and processes."""
-    speeds = {"warm_adamsrt": 100.0, "warm_adamsrt_flags": 120.0}
-    speeds |= {"warm_adamsrt_flags_0": 70.0, "warm_adamsrt_flags_1": 71.0}
+    speeds = {"measure_adamsrt": 100.0, "measure_adamsrt_flags": 120.0}
+    speeds |= {"measure_adamsrt_flags_0": 70.0, "measure_adamsrt_flags_1": 71.0}
     column, stages = call.setting.column, []
 
     def stage(limit, *commands):
@@ -180,11 +180,12 @@ def test_the_fastest_is_chosen(call, monkeypatch):
 
     monkeypatch.setattr(call, "stage", stage)
     assert choice() == (call.setting.flags[1], 2)
-    assert stages[-1] == ["warm_adamsrt_flags_0", "warm_adamsrt_flags_1"]
-    speeds |= {"warm_adamsrt_flags": 102.0, "warm_adamsrt_0": 50.0, "warm_adamsrt_1": 60.0}
+    assert stages[-1] == ["measure_adamsrt_flags_0", "measure_adamsrt_flags_1"]
+    speeds |= {"measure_adamsrt_flags": 102.0}
+    speeds |= {"measure_adamsrt_0": 50.0, "measure_adamsrt_1": 60.0}
     assert choice() == ("", 1)
     monkeypatch.setattr(call, "stage", lambda limit, *commands: None)
-    for path in call.keep.glob("warm_*.json"):
+    for path in call.keep.glob("measure_*.json"):
         path.unlink()
     assert choice() == ("", 1)  # nothing works
     (call.keep / "results/choice.json").unlink()
@@ -202,7 +203,9 @@ def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch):
     (calls.RESULTS / "table2/run.json").write_text("{}")
     found = record(call, monkeypatch)
     calls.first(call)
-    assert not any("flags" in command.name for command in found)
+    trained = [command for command in found if command.module == "benchmarks.table2"]
+    assert {command.name.partition("_")[0] for command in trained} == {"compile"}
+    assert {command.flags for command in trained} == {"--some_flag"}
     assert [c.name for c in found if "precision" in c.name] == ["precision"]
     found.clear()
     (call.keep / "logs/training_0.log").write_text("Learning rates and weight decays\n")
@@ -307,8 +310,8 @@ def test_a_rehearsal_fails_when_it_should(tmp_path):
     rehearse.check_logs(tmp_path, 2)
     with pytest.raises(rehearse.Failure, match="2 compilations of training"):
         rehearse.check_logs(tmp_path, 1)
-    (logs / "warm_adam.log").write_text("x.py:1: DeprecationWarning: old\n")
-    with pytest.raises(rehearse.Failure, match=r"warm_adam.log: .*DeprecationWarning"):
+    (logs / "compile_adam.log").write_text("x.py:1: DeprecationWarning: old\n")
+    with pytest.raises(rehearse.Failure, match=r"compile_adam.log: .*DeprecationWarning"):
         rehearse.check_logs(tmp_path, 2)
     run = tmp_path / "table2" / "cifar10-16_resnet8"
     run.mkdir(parents=True)

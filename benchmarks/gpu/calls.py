@@ -173,21 +173,18 @@ def first(call: Call) -> None:
     _copy(RESULTS, keep / "results")
     slug = device["slug"]
     precision = keep / "results" / f"precision_{slug}.json"
+    chosen = _choice(keep / "results")
+    # The flags belong to a compiled program: training may take any of these.
+    flags = setting.flags if chosen is None else [chosen["flags"]]
+    programs = [_compile(call, method, one) for one in flags for method in setting.methods]
+    programs += [_speed(call, model, compile_only=True) for model in setting.models]
+    if chosen is None:
+        programs += [_compile(call, METHOD, flags[0], dtype) for dtype in setting.other_dtypes]
     # One method alone, because XLA chooses between convolutions by timing them, and the others take over
     # its choice from the cache. The numbers need little of the GPU.
-    call.stage(
-        FIRST_COMPILE,
-        Command("precision", "benchmarks.precision", ["--out", precision]),
-        _warm(call, setting.methods[-1]),
-    )
-    others = [_warm(call, method) for method in setting.methods[:-1]]
-    chosen = _choice(keep / "results")
-    if chosen is None:
-        others += [_warm(call, METHOD, flags=flags) for flags in setting.flags if flags]
-        others += [_warm(call, METHOD, dtype) for dtype in setting.other_dtypes]
-    call.stage(
-        COMPILE, *others, *(_speed(call, model, compile_only=True) for model in setting.models)
-    )
+    numbers = Command("precision", "benchmarks.precision", ["--out", precision])
+    call.stage(FIRST_COMPILE, numbers, programs[0])
+    call.stage(COMPILE, *programs[1:])
     for model in setting.models:
         call.stage(STEP_TIMES, _speed(call, model))
     if chosen is None:
@@ -253,16 +250,16 @@ def choose(call: Call, device: Mapping[str, Any]) -> None:
     """
     speeds: dict[str, float] = {}
     for flags in call.setting.flags:
-        call.stage(ALONE, command := _warm(call, METHOD, flags=flags))
+        call.stage(ALONE, command := _measure(call, flags))
         speeds[flags] = _images_per_second(call, command)
     beside = {}
     for dtype in call.setting.other_dtypes:
-        call.stage(ALONE, command := _warm(call, METHOD, dtype))
+        call.stage(ALONE, command := _measure(call, dtype=dtype))
         beside[dtype] = _images_per_second(call, command)
     plain = call.setting.flags[0]
     fastest = max(speeds, key=lambda flags: speeds[flags])
     fastest = fastest if speeds[fastest] > FASTER * speeds[plain] else plain
-    pair = [_warm(call, METHOD, flags=fastest, place=place) for place in ("_0", "_1")]
+    pair = [_measure(call, fastest, place=place) for place in "01"]
     call.stage(ALONE, *pair)
     both = [_images_per_second(call, command) for command in pair]
     if call.left() <= 0:
@@ -299,11 +296,22 @@ def _choice(results: Path) -> dict[str, Any] | None:
         return None
 
 
-def _warm(call: Call, method: str, dtype: str = "", flags: str = "", place: str = "") -> Command:
-    variant = "".join(f"_{part}" for part in (dtype, "flags" if flags else "") if part) + place
-    name = f"warm_{method}{variant}"
-    words = ["--methods", method, "--warm", _warm_file(call, name)]
+def _compile(call: Call, method: str, flags: str = "", dtype: str = "") -> Command:
+    """All that a run of the method needs, into the cache."""
+    name = _name("compile", method, dtype, "flags" if flags else "")
+    words = ["--methods", method, "--warm", _warm_file(call, name), "--warm-epochs", 0]
     return _table2(call, name, words, flags, dtype)
+
+
+def _measure(call: Call, flags: str = "", dtype: str = "", place: str = "") -> Command:
+    """Images per second."""
+    name = _name("measure", METHOD, dtype, "flags" if flags else "", place)
+    words = ["--methods", METHOD, "--warm", _warm_file(call, name)]
+    return _table2(call, name, words, flags, dtype)
+
+
+def _name(*parts: str) -> str:
+    return "_".join(filter(None, parts))
 
 
 def _warm_file(call: Call, name: str) -> Path:

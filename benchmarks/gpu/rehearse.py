@@ -110,10 +110,10 @@ def check_logs(keep: Path, methods: int) -> None:
         # JAX tells of compilations, as it was asked to, by the same way as of warnings.
         lines = [line for line in lines if "Finished " not in line and "Compiling " not in line]
         expect(not lines, f"{path.name}: {lines[:1]}")
-        if path.name.startswith(("warm", "training")):
+        if path.name.startswith(("compile_adam", "measure", "training")):
             found = re.findall(r"Finished XLA compilation of jit\((epoch|train_step)\)", text)
             expect(
-                len(found) <= (1 if path.name.startswith("warm") else methods),
+                len(found) <= (methods if path.name.startswith("training") else 1),
                 f"{path.name}: {len(found)} compilations of training",
             )
 
