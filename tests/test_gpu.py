@@ -306,7 +306,11 @@ def test_a_rehearsal_fails_when_it_should(tmp_path):
     logs = tmp_path / "logs"
     logs.mkdir()
     compiled = "Finished XLA compilation of jit(train_step) in 1 sec\n"
-    (logs / "training_0.log").write_text(2 * compiled)
+    cached = "Persistent compilation cache hit for 'jit_train_step' with key 1\n"
+    (logs / "training_0.log").write_text(compiled + cached + compiled)
+    with pytest.raises(rehearse.Failure, match="compiled what was compiled for it before"):
+        rehearse.check_logs(tmp_path, 2)
+    (logs / "training_0.log").write_text(2 * (cached + compiled))
     rehearse.check_logs(tmp_path, 2)
     with pytest.raises(rehearse.Failure, match="2 compilations of training"):
         rehearse.check_logs(tmp_path, 1)

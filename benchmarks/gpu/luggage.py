@@ -19,7 +19,8 @@ LARGEST = 15 * MIB  # of a file that comes back: 16 at most
 CACHE = 6 * MIB  # beside the checkout, 7, and half of the data, 49, of the 64 that may travel
 LOG = 64 * 1024  # bytes, of each command
 MADE_BY = "made_by.json"  # in the cache: the JAX and the device that it is good for
-FIRST = "jit_epoch"  # of the programs in the cache, those that take longest to compile
+# Of the programs in the cache, those of training, which take longest to compile.
+FIRST = ("jit_epoch", "jit_train_step")
 
 
 class FullError(Exception):
@@ -90,7 +91,7 @@ def _files(folder: Path) -> list[Path]:
 def _worth_carrying(cache: Path) -> list[Path]:
     """Those of training first, then the smaller ones; the times of access that JAX notes are left."""
     files = [path for path in _files(cache) if not path.name.endswith("-atime")]
-    files.sort(key=lambda path: (not path.name.startswith((FIRST, MADE_BY)), path.stat().st_size))
+    files.sort(key=lambda path: (not path.name.startswith((*FIRST, MADE_BY)), path.stat().st_size))
     chosen, size = [], 0
     for path in files:
         size += path.stat().st_size + 1024  # a tar's header and padding

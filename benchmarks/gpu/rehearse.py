@@ -4,7 +4,8 @@
 
 A Python 3.12 with only the packages of that machine, and a copy of the last commit without history
 that is not installed. Fails if the tests cannot be collected, if a call fails, prints a warning,
-compiles a program of training twice or brings back too much, and if a run does not name its commit.
+compiles a program of training twice or brings back too much, if the second call compiles what the first
+compiled for it, and if a run does not name its commit.
 DIR holds cifar10.npz, whose halves travel; by default they hold random images.
 """
 
@@ -112,10 +113,11 @@ def check_logs(keep: Path, methods: int) -> None:
         expect(not lines, f"{path.name}: {lines[:1]}")
         if path.name.startswith(("compile_adam", "measure", "training")):
             found = re.findall(r"Finished XLA compilation of jit\((epoch|train_step)\)", text)
-            expect(
-                len(found) <= (methods if path.name.startswith("training") else 1),
-                f"{path.name}: {len(found)} compilations of training",
-            )
+            allowed = methods if path.name.startswith("training") else 1
+            expect(len(found) <= allowed, f"{path.name}: {len(found)} compilations of training")
+        if path.name.startswith(("measure", "training")):
+            cached = re.findall(r"ompilation cache hit for 'jit_(epoch|train_step)'", text)
+            expect(cached == found, f"{path.name}: compiled what was compiled for it before")
 
 
 def check_results(results: Path, setting: calls.Setting, commit: str) -> None:
