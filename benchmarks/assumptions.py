@@ -25,12 +25,12 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks import protocol, report
+from benchmarks.cli import Parser, at_least
 from benchmarks.data import SOURCES, DataError, Dataset, load
 from benchmarks.loop import Trainer
 from benchmarks.models import MODELS, ImageSizeError
 from benchmarks.progress import progress
 from benchmarks.spheres import filter_spheres
-from benchmarks.train import Parser, at_least
 
 SEED = 0
 FIRST_STEPS = 10  # the worst is also told without them

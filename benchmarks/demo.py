@@ -17,6 +17,7 @@ from rich.console import Console
 
 import spherical_optax as so
 from benchmarks import demo_grid, figures, report
+from benchmarks.cli import Parser
 from benchmarks.data import load
 from benchmarks.demo_recipe import METHODS, RECIPE, make_model, make_trainer
 from benchmarks.loop import Run, State, Trainer
@@ -24,7 +25,6 @@ from benchmarks.methods import METHODS as REGISTRY
 from benchmarks.progress import progress
 from benchmarks.significance import verdict
 from benchmarks.spheres import filter_spheres
-from benchmarks.train import Parser
 
 SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]

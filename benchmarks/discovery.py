@@ -21,7 +21,7 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks import report
-from benchmarks.train import Parser
+from benchmarks.cli import Parser
 
 KEY = jax.random.key(0)
 

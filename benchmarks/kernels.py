@@ -29,13 +29,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import protocol, report, speed
+from benchmarks.cli import Parser, at_least
 from benchmarks.data import SOURCES, Dataset, Split
 from benchmarks.hlo import Counts, count
 from benchmarks.methods import METHODS
 from benchmarks.models import MODELS
 from benchmarks.parameters import LISTED, network
 from benchmarks.speed import REFERENCE
-from benchmarks.train import Parser, at_least, make_trainer
+from benchmarks.train import make_trainer
 
 DESCRIPTION = Path(__file__).with_name("h100.txtpb")
 DEVICE = "H100 (described, compiled without one)"

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
+from benchmarks.cli import DTYPES, Parser
 from benchmarks.precision_cases import Arrays, Case, Row, Values, cases, checksum
-from benchmarks.train import DTYPES, Parser
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CPU = RESULTS / "precision_reference.npz", RESULTS / "precision_cpu.json"

@@ -30,11 +30,11 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks import report
+from benchmarks.cli import Parser, at_least
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
 from benchmarks.parameters import IMAGE, LISTED, network
 from benchmarks.torch_steps import TorchStep, torch_environment, torch_steps
-from benchmarks.train import Parser, at_least
 
 LEARNING_RATE = 1e-3
 EVERY = 10  # steps in a row, of which `track` measures one

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures, protocol, report
+from benchmarks.cli import Parser, add_dtype, at_least
 from benchmarks.data import DataError, Dataset, Split, fingerprint, load, random_images
 from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS
@@ -28,7 +29,7 @@ from benchmarks.models import ImageSizeError
 from benchmarks.progress import Overall
 from benchmarks.published import TABLE2
 from benchmarks.sweep import Deadline, Job, Store, SweepError, announce, follow, work
-from benchmarks.train import Parser, add_dtype, at_least, make_trainer
+from benchmarks.train import make_trainer
 
 SAVE_EVERY = 60.0  # seconds
 WARM_EPOCHS = 3

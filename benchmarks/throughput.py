@@ -28,11 +28,11 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks import protocol, report
+from benchmarks.cli import DTYPES, Parser, at_least
 from benchmarks.data import SOURCES, Dataset, Split
 from benchmarks.loop import Trainer
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
-from benchmarks.train import DTYPES, Parser, at_least
 
 CPU_MATRIX, MATRIX = 2048, 8192  # rows, for the peak
 TRIES = 5

@@ -1,0 +1,45 @@
+"""What the command lines of the benchmarks have in common."""
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"error: {message}\n")
+
+    def require_writable(self, out: Path, folder: Path) -> None:
+        """Fails now rather than after hours of training."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            self.error(f"--out {out}: {error.strerror}")
+
+
+def at_least(
+    kind: Callable[[str], float], minimum: float, below: float = math.inf
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if not value < below:
+            raise argparse.ArgumentTypeError(f"must be below {below}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` rejects the text
+    return parse
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    help_text = "of the activations; parameters and optimizer state stay in float32"
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=help_text)
