@@ -73,7 +73,7 @@ def count(text: str, loop_body: bool = False, larger: bool = False) -> Counts:
     """Kernels of an optimized HLO program, and the bytes that they read and write.
 
     Every fusion, copy, custom call and so on is one kernel, though a library may launch several for one
-    call; start and end of an asynchronous one are one together. What `call` wraps, command buffers
+    call; the start and the end of an asynchronous kernel count as one. What `call` wraps, command buffers
     among it, counts as if it stood there, and a loop as often as it is known to run; with `loop_body`
     it is one round of the entry's single loop that is counted, and nothing beside.
 

@@ -165,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     help_text = "also write the numbers into kernels.json in this folder, which keeps other models"
     parser.add_argument("--out", type=Path, help=help_text)
     args = parser.parse_args(argv)
+    if args.training and (args.only or args.model != DEFAULT_MODELS):
+        parser.error("--training: goes with neither --model nor --only")
     if not any(map(importlib.util.find_spec, COMPILERS)):
         parser.error(f"{NO_COMPILER} (any machine will do, no GPU is needed)")
     if args.out:

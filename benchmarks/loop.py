@@ -212,17 +212,18 @@ class Trainer:
         return run
 
     def compile(self) -> None:
-        """All that a run needs."""
-        _ = self._train, self.plan(0, 0)
-        self._accuracy(self.init(0), self.validation[:1])
+        """The program of training, which takes longest; once."""
+        _ = self._train
 
-    def images_per_second(self, epochs: int) -> float:
-        """In the fastest of some epochs; one before them touches memory for the first time."""
+    def time_epochs(self, epochs: int) -> list[tuple[float, float]]:
+        """When each began and ended, in seconds of `time.time`; one before them touches new memory."""
         state, times = self.init(0), []
         for epoch in range(1 + epochs):
-            state, _, step_time = self.train_epoch(state, 0, epoch)
-            times.append(step_time)
-        return self.batch_size / min(times[1:])
+            start = time.time()
+            state, *_ = self.train_epoch(state, 0, epoch)
+            times.append((start, time.time()))
+        self._accuracy(state, self.validation[:1])  # is compiled too
+        return times[1:]
 
     def plan(self, seed: int, epoch: int) -> Plan:
         n = len(self.train.labels)

@@ -1,8 +1,8 @@
 """BatchNorm for accelerators: the same statistics as Flax's, from fewer kernels.
 
-Flax's sums over a batch leave one at a time, XLA for GPUs makes a kernel of each, and a small kernel
-costs its launch. Here both sums of the forward pass leave in one array, and so do both of the backward
-pass. `benchmarks.train.make_trainer` says what that saves.
+Flax computes every sum over the batch by itself, and XLA makes a GPU kernel of each, which costs its
+launch. Here the two sums of the forward pass are computed by one reduction, and so are the two of the
+backward pass. `benchmarks.train.make_trainer` says what that saves.
 """
 
 from typing import Any

@@ -80,8 +80,26 @@ class Study:
             + f"{seeds} --epochs {args.epochs}"
             + ("" if args.images is None else f" --images {args.images}")
             + f" --batch-size {args.batch_size} --dtype {args.dtype}"
-            + (" --grid" if self.grid else "")
+            + (" --grid" + self.grid_options() if self.grid else "")
             + " --data-dir DIR --out OUT"
+        )
+
+    def grid_options(self) -> str:
+        """Of a grid that is only a part of the whole one."""
+        cells = {(job.method, job.learning_rate, job.weight_decay) for job in self.grid}
+
+        def tried(**axis: Sequence[float]) -> bool:
+            return any(
+                (method, cell.learning_rate, cell.weight_decay) in cells
+                for method in {job.method for job in self.grid}
+                for cell in protocol.grid(method, 0.99, **axis)
+            )
+
+        rates = [f"{rate:g}" for rate in protocol.GRID_RATES if tried(rates=[rate])]
+        decays = [f"{decay:g}" for decay in protocol.GRID_DECAYS if tried(decays=[decay])]
+        some = f" --rates {' '.join(rates)}" if len(rates) < len(protocol.GRID_RATES) else ""
+        return some + (
+            f" --decays {' '.join(decays)}" if len(decays) < len(protocol.GRID_DECAYS) else ""
         )
 
     def rows(self) -> list[tuple[report.Result, Job]]:
@@ -329,7 +347,7 @@ def kernels_training_section(folder: Path = RESULTS) -> Iterator[str]:
 
 def precision_section(folder: Path = RESULTS) -> Iterator[str]:
     cpu = json.loads(precision.CPU.read_text("utf-8"))
-    measured = [json.loads(path.read_text("utf-8")) for path in gpu_results("precision_*", folder)]
+    measured = [json.loads(path.read_text("utf-8")) for path in gpu_results("precision", folder)]
     recorded = f"recorded on a CPU with JAX {cpu['environment']['jax']}"
     if not measured:
         yield f"`{precision.COMMAND}`, {recorded}; no other device has been measured yet:"
@@ -352,12 +370,13 @@ def gpu_section(folder: Path = RESULTS) -> Iterator[str]:
         device = content["environment"]["device"]
         yield f"{content['title']} (`{content['command']}`; device: {device}):"
         yield markdown(speed.HEADER, speed.cells(content["optimizers"]))
-    if (folder / "gpu" / "table2").exists():
-        yield from table2_section(folder / "gpu" / "table2")
+    for runs in sorted((folder / "gpu").glob("*/table2")):
+        yield from table2_section(runs)
 
 
 def gpu_results(pattern: str, folder: Path = RESULTS) -> list[Path]:
-    return sorted((folder / "gpu").glob(f"{pattern}.json"))
+    """Of all kinds of devices, each of which has a folder."""
+    return sorted((folder / "gpu").glob(f"*/{pattern}.json"))
 
 
 def own_section() -> Iterator[str]:
@@ -394,8 +413,8 @@ def render(page: Path, text: str) -> str:
 
 
 def main() -> int:
-    folders = ("table2", "later", "gpu/table2")
-    for study in (study for name in folders for study in studies(RESULTS / name)):
+    folders = [RESULTS / "table2", RESULTS / "later", *(RESULTS / "gpu").glob("*/table2")]
+    for study in (study for folder in folders for study in studies(folder)):
         if study.results:
             figures.training_loss_twice(study.results, study.column, study.figure)
     for page in PAGES:

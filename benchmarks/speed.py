@@ -15,12 +15,14 @@ forward and backward pass included, on as many random images.
 import itertools
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import optax
@@ -156,7 +158,9 @@ def measure(
     only: Sequence[str] | None = None,
     torch: bool = True,
     scan: bool | None = None,
+    turn: Callable[[], Any] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
+    """`turn` returns when it is time to measure; everything is compiled before."""
     scan = jax.default_backend() != "cpu" if scan is None else scan
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
 
@@ -171,7 +175,13 @@ def measure(
             contenders[name] = Step(tx, params, grads, gradient, scan)
     compile_all([step for step in contenders.values() if isinstance(step, Step)])
     if gradient is None and torch:
-        contenders |= torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
+        try:
+            contenders |= torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
+        except (
+            RuntimeError
+        ) as error:  # PyTorch's, out of memory, say: ours are measured all the same
+            print(f"without PyTorch: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    turn()
     for step in contenders.values():  # the first call touches memory for the first time
         step.run()
         step.seconds.clear()
@@ -256,16 +266,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--torch", action="store_true", help=help_text)
     help_text = "also write the numbers into this folder, as JSON"
     parser.add_argument("--out", type=Path, help=help_text)
+    help_text = "compile, then measure when this file is there, one process at a time"
+    parser.add_argument("--wait-for", type=Path, metavar="FILE", help=help_text)
     args = parser.parse_args(argv)
     if args.out:
         parser.require_writable(args.out, args.out)
     if args.batch and (listed := [name for name in args.model if name in LISTED]):
         parser.error(f"--batch: {', '.join(listed)} are parameters without a network")
+    lock = None if args.wait_for is None else filelock.FileLock(f"{args.wait_for}.lock")
+
+    def turn() -> None:
+        if lock is not None:
+            while not args.wait_for.exists():
+                time.sleep(0.1)
+            lock.acquire()  # until this process ends
+
     for model in args.model:
         shapes, spheres = network(model)
         training = None if args.batch is None else gradient(model, args.batch)
-        torch = args.torch or args.only is None
-        rows = measure(shapes, spheres, args.rounds, args.weight_decay, training, args.only, torch)
+        rows = measure(
+            shapes,
+            spheres,
+            args.rounds,
+            args.weight_decay,
+            training,
+            only=args.only,
+            torch=args.torch or args.only is None,
+            turn=turn,
+        )
         parameters = sum(x.size for x in jax.tree.leaves(shapes))
         what = "One step" if training is None else f"One training step with {args.batch} images"
         title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"

@@ -236,7 +236,10 @@ def execute(
 
 
 class Deadline:
-    """When a command should have ended. No run is begun that would last longer."""
+    """When a command should have ended. No run is begun that would last longer.
+
+    What is compiled first is not counted: it is done once, and no measure of the next run.
+    """
 
     def __init__(self, seconds: float):
         self._until, self._longest = time.monotonic() + seconds, 0.0
@@ -277,10 +280,10 @@ def work(
             with store.claimed(job) as ours:
                 if ours:
                     announce(job)
+                    made = trainer(job)
+                    made.compile()
                     began = time.monotonic()
-                    run = execute(
-                        job, trainer(job), store, save_every, lambda run, job=job: show(job, run)
-                    )
+                    run = execute(job, made, store, save_every, lambda run, job=job: show(job, run))
                     finished(job, run)
                     deadline.ran(time.monotonic() - began)
         left = sum(store.result(job) is None for job in jobs)

@@ -210,19 +210,24 @@ def _trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool)
     )
 
 
-def warm(sweep: Sweep, column: str) -> dict[str, float | None]:
-    """Compiles what the runs need, and measures how many images a second every method then trains.
+def warm(sweep: Sweep, column: str) -> dict[str, dict[str, Any]]:
+    """Compiles what the runs need, and times epochs of every method.
 
     A program knows of the images only how many there are: random ones fill the compilation cache too.
     """
     jobs = sweep.grid_jobs(column) if sweep.args.grid else sweep.jobs(column)
-    found: dict[str, float | None] = {}
+    found = {}
     for method, job in {job.method: job for job in reversed(jobs)}.items():
-        made, epochs = sweep.trainer(job), sweep.args.warm_epochs
-        made.compile()
-        found[method] = speed = made.images_per_second(epochs) if epochs else None
-        said = f"{speed:,.0f} images/s" if speed else "compiled"
-        print(f"{column}, {method}: {said}", flush=True)
+        made = sweep.trainer(job)
+        times = made.time_epochs(sweep.args.warm_epochs)
+        images = made.steps * made.batch_size
+        seconds = statistics.median(end - start for start, end in times) if times else None
+        speed = images / seconds if seconds else None
+        found[method] = {"images": images, "images_per_second": speed, "epochs": times}
+        print(
+            f"{column}, {method}: " + (f"{speed:,.0f} images/s" if speed else "compiled"),
+            flush=True,
+        )
     return found
 
 
@@ -350,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.warm:
             speeds = {column: warm(sweep, column) for column in args.columns}
-            about = {"environment": report.environment(), "images_per_second": speeds}
+            about = {"environment": report.environment(), "columns": speeds}
             report.write_json(args.warm, about)
             return 0
         store.platform = jax.default_backend()

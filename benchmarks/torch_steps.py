@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -129,6 +130,9 @@ def _found(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
+        return None
+    except Exception as error:  # a library of CUDA that does not fit raises OSError, for example
+        print(f"{name} cannot be imported: {' '.join(str(error).split())}", file=sys.stderr)
         return None
 
 

@@ -92,9 +92,17 @@ def test_what_comes_back_is_taken_in(tmp_path, keep, capsys):
 
 
 def test_only_so_much_of_the_cache_travels(tmp_path, keep, monkeypatch):
+    """What was used last."""
     monkeypatch.setattr(luggage, "CACHE", 2048 + 2 * 1024)
-    (keep / "cache/jit_large-1-cache").write_bytes(bytes(5000))
+    for name, age in (
+        ("jit_epoch-1-atime", 0),
+        ("jit_epoch-1-cache", 90),
+        ("jit_other-1-cache", 60),
+    ):
+        (keep / "cache" / name).touch()
+        os.utime(keep / "cache" / name, times=(time.time() - age,) * 2)
     (keep / "cache/jit_other-1-cache").write_bytes(bytes(3000))
+    os.utime(keep / "cache/jit_other-1-cache", times=(time.time() - 60,) * 2)
     luggage.bring_back(keep, tmp_path / "out", lambda _: None)
     with tarfile.open(tmp_path / "out/cache.tar") as tar:
         assert set(tar.getnames()) == {luggage.MADE_BY, "jit_epoch-1-cache"}
@@ -128,7 +136,7 @@ def call(tmp_path, monkeypatch):
     """On a machine where everything is found."""
     carried = tmp_path / ".gpu"
     carried.mkdir()
-    (carried / "commit").write_text("0123abc\n")
+    (carried / "commit").write_text(f"0123abc {calls.digest_of_sources()}\n")
     monkeypatch.setattr(calls, "CARRIED", carried)
     monkeypatch.setattr(calls, "RESULTS", tmp_path / "before")
     monkeypatch.setattr(calls, "check", lambda call: DEVICE)
@@ -138,87 +146,151 @@ def call(tmp_path, monkeypatch):
 def record(call, monkeypatch):
     """The commands that the call would have run."""
     found = []
-    monkeypatch.setattr(call, "stage", lambda limit, *commands: found.extend(commands))
+    monkeypatch.setattr(call, "begin", lambda *commands: found.extend(commands))
     return found
 
 
+def sleeping(name, seconds):
+    code = f"import os, time; print(os.environ['COMMIT'], flush=True); time.sleep({seconds})"
+    return calls.Command(name, "timeit", ["-n", 1, "-r", 1, code])
+
+
 def test_what_takes_too_long_is_ended(call, capsys):
-    code = "import os, time; print(os.environ['COMMIT'], flush=True); time.sleep({})"
-
-    def command(name, seconds):
-        return calls.Command(name, "timeit", ["-n", 1, "-r", 1, code.format(seconds)])
-
     start = time.monotonic()
     call.setting = call.setting._replace(patience=1.0)
-    call.stage(8.0, command("long", 100), command("short", 0))
+    call.stage(8.0, sleeping("long", 100), sleeping("short", 0))
     assert time.monotonic() - start < 30
     assert len(call.failed) == 1
     assert call.failed[0].startswith("long: its time was up")
     assert "short: status 0" in capsys.readouterr().out
-    assert (call.keep / "logs/short.log").read_text().startswith("0123abc")
+    assert call.log("short").startswith("0123abc\n")
     call._end = 0.0
-    call.stage(8.0, command("late", 0))
+    call.stage(8.0, sleeping("late", 0))
     assert call.failed[-1] == "late: no time"
+
+
+def test_nothing_goes_on_after_a_call(call):
+    call.begin(sleeping("long", 100))
+    process = call._running["long"]
+    call.end()
+    assert process.poll() is not None
+    assert not call._running
+
+
+def test_a_process_that_is_killed_leaves_no_half_entry(tmp_path):
+    """JAX would take it for whole at every later time, and never write it again."""
+    (tmp_path / "sub").mkdir()
+    for name, age in (("old-cache", 60), ("sub/new-cache", 0), ("other", 0)):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, times=(time.time() - age,) * 2)
+    luggage.drop_unfinished(tmp_path, seconds=10.0)
+    assert {path.name for path in tmp_path.rglob("*")} == {"old-cache", "sub", "other"}
+
+
+def test_sources_that_have_changed_are_marked(call, tmp_path, monkeypatch):
+    assert calls.commit() == "0123abc"
+    monkeypatch.setattr(calls, "digest_of_sources", lambda: "another")
+    assert calls.commit() == "0123abc+"
+
+
+def timed(images_per_second, begin=0.0, epochs=3):
+    """What a process writes whose epochs of 100 images follow each other."""
+    seconds = 100 / images_per_second
+    times = [(begin + i * seconds, begin + (i + 1) * seconds) for i in range(epochs)]
+    return {"images": 100, "images_per_second": images_per_second, "epochs": times}
 
 
 def test_the_fastest_is_chosen(call, monkeypatch):
     """Images per second decide about flags and processes."""
-    speeds = {"measure_adamsrt": 100.0, "measure_adamsrt_flags": 120.0}
-    speeds |= {"measure_adamsrt_flags_0": 70.0, "measure_adamsrt_flags_1": 71.0}
     column, stages = call.setting.column, []
+    speeds = {"adamsrt": 100.0, "adamsrt_flags": 120.0}
+    speeds |= {"adamsrt_flags_0": 70.0, "adamsrt_flags_1": 71.0}
 
     def stage(limit, *commands):
         stages.append([command.name for command in commands])
         for command in commands:
-            content = {"images_per_second": {column: {"adamsrt": speeds[command.name]}}}
-            (call.keep / f"{command.name}.json").write_text(json.dumps(content))
+            if speed := speeds[command.name.removeprefix("measure_")]:
+                content = {"columns": {column: {"adamsrt": timed(speed)}}}
+                (call.keep / f"{command.name}.json").write_text(json.dumps(content))
 
     def choice():
-        calls.choose(call, DEVICE)
-        content = json.loads((call.keep / "results/choice.json").read_text())
-        return content["flags"], content["processes"]
+        path = call.results / "choice.json"
+        path.unlink(missing_ok=True)
+        calls.choose(call, DEVICE, call.results)
+        content = json.loads(path.read_text()) if path.exists() else None
+        return content and (content["flags"], content["processes"])
 
     monkeypatch.setattr(call, "stage", stage)
     assert choice() == (call.setting.flags[1], 2)
     assert stages[-1] == ["measure_adamsrt_flags_0", "measure_adamsrt_flags_1"]
-    speeds |= {"measure_adamsrt_flags": 102.0}
-    speeds |= {"measure_adamsrt_0": 50.0, "measure_adamsrt_1": 60.0}
+    speeds |= {"adamsrt_flags": 102.0, "adamsrt_0": 50.0, "adamsrt_1": 60.0}
     assert choice() == ("", 1)
-    monkeypatch.setattr(call, "stage", lambda limit, *commands: None)
-    for path in call.keep.glob("measure_*.json"):
-        path.unlink()
-    assert choice() == ("", 1)  # nothing works
-    (call.keep / "results/choice.json").unlink()
+    speeds |= {"adamsrt_flags": 0.0, "adamsrt_0": 0.0}  # neither runs
+    assert choice() == ("", 1)
+    speeds["adamsrt"] = 0.0  # what an earlier attempt wrote does not count
+    assert choice() is None
+    speeds["adamsrt"] = 100.0
     call._end = 0.0
-    calls.choose(call, DEVICE)
-    assert not (call.keep / "results/choice.json").exists()  # undecided
+    assert choice() is None
 
 
-def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch):
+def test_processes_together():
+    """Only epochs count through which the other process trains, too."""
+    both = [timed(50.0, begin, epochs=15) for begin in (0.0, 3.0)]
+    assert calls.together(both) == pytest.approx(100.0)
+    # Nothing gained: 50 images/s while both train, and 100 alone, before and after.
+    first = timed(100.0, 0.0, 2)["epochs"] + timed(50.0, 2.0, 4)["epochs"]
+    second = timed(50.0, 2.0, 4)["epochs"] + timed(100.0, 10.0, 2)["epochs"]
+    rows = [{"images": 100, "epochs": epochs} for epochs in (first, second)]
+    assert calls.together(rows) == pytest.approx(100.0)
+    assert calls.together([timed(50.0, 0.0), timed(50.0, 100.0)]) == 0.0
+    assert calls.together([timed(50.0), None]) == 0.0
+
+
+def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch, capsys):
     """Training begins from committed results, and a committed choice is kept."""
     parcels.pack(npz, calls.CARRIED)
-    choice = {"flags": "--some_flag", "processes": 2}
-    (calls.RESULTS / "table2").mkdir(parents=True)
-    (calls.RESULTS / "choice.json").write_text(json.dumps(choice))
-    (calls.RESULTS / "table2/run.json").write_text("{}")
+    before, choice = calls.RESULTS / "cpu", {"flags": "--some_flag", "processes": 2}
+    (before / "table2").mkdir(parents=True)
+    (before / "choice.json").write_text(json.dumps(choice))
+    (before / "table2/run.json").write_text("{}")
+    (before / "precision.json").write_text("old")
     found = record(call, monkeypatch)
     calls.first(call)
     trained = [command for command in found if command.module == "benchmarks.table2"]
     assert {command.name.partition("_")[0] for command in trained} == {"compile"}
     assert {command.flags for command in trained} == {"--some_flag"}
     assert [c.name for c in found if "precision" in c.name] == ["precision"]
+    (call.results / "precision.json").write_text("new")
     found.clear()
-    (call.keep / "logs/training_0.log").write_text("Learning rates and weight decays\n")
+    (call.keep / "logs/training_0.log").write_text("Learning rates and weight decays: done\n")
     calls.second(call)
     assert [command.name for command in found] == ["unpack", "training_0", "training_1"]
     assert {command.flags for command in found[1:]} == {"--some_flag"}
-    assert (call.keep / "results/table2/run.json").exists()
+    assert (call.keep / "results/cpu/table2/run.json").exists()
+    assert (call.results / "precision.json").read_text() == "new"
+    assert "weight decays: done" in capsys.readouterr().out
+
+
+def test_training_without_a_choice(call, npz, monkeypatch):
+    """Is plain, and stays so: one table has one way to train. Without time, nothing begins."""
+    parcels.pack(npz, calls.CARRIED)
+    found = record(call, monkeypatch)
+    calls._take_half(call, "a")
+    calls.second(call)
+    assert [command.name for command in found] == ["unpack", "training_0"]
+    choice = json.loads((call.results / "choice.json").read_text())
+    assert (choice["flags"], choice["processes"]) == ("", 1)
+    call._end = time.monotonic() + calls.PACKING + calls.STARTING - 5
+    with pytest.raises(calls.CallError, match="no time is left to train"):
+        calls.second(call)
 
 
 def test_commands_have_options_that_there_are(call, monkeypatch):
     found = record(call, monkeypatch)
     for setting in (calls.Setting(), calls.SMALL):
         call.setting = setting
+        (call.keep / "results/cpu/choice.json").unlink(missing_ok=True)
         calls.first(call)
         assert set(setting.contenders) <= set(speed.optimizers(None, 0.0))
     parser = table2.make_parser()
@@ -247,7 +319,7 @@ def test_a_missing_half(call, npz, monkeypatch):
 def test_no_gpu(tmp_path, monkeypatch, capsys, small):
     """One line; what earlier calls left comes back."""
     (tmp_path / ".gpu").mkdir()
-    (tmp_path / ".gpu/commit").write_text("0123abc")
+    (tmp_path / ".gpu/commit").write_text("0123abc digest")
     monkeypatch.setattr(calls, "CARRIED", tmp_path / ".gpu")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform" if small else "cpu")
@@ -269,6 +341,9 @@ def test_what_is_not_installed(monkeypatch):
     ("words", "message"),
     [
         (["prepare", "--data-dir", "nowhere"], "nowhere/cifar10.npz is not there"),
+        (["prepare", "--data-dir", "junk"], "junk/cifar10.npz: is no data set"),
+        (["collect", "junk"], "junk/results.tar.gz: is no archive"),
+        (["first", "nan"], "argument seconds: must be at least 60.0, got nan"),
         (["first", "100"], "OUT does not name the folder"),
         (["second", "100", "--keep", "here"], "commit is missing: run `prepare`, and carry it"),
     ],
@@ -279,7 +354,12 @@ def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.delenv("OUT", raising=False)
     if "second" in words:
         monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    assert gpu.main(words) == 2
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk/cifar10.npz").write_bytes(b"PK")
+    (tmp_path / "junk/results.tar.gz").write_bytes(b"junk")
+    monkeypatch.setattr(gpu, "_git", lambda *_: "")
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(gpu.main(words))
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -293,7 +373,12 @@ def test_prepare(tmp_path, npz, monkeypatch, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("MiB travel; carry .gpu/commit .gpu/a")
     assert second.endswith("MiB travel; carry .gpu/commit .gpu/b")
-    assert (tmp_path / ".gpu/commit").read_text() == "0123abc\n"
+    name, digest = (tmp_path / ".gpu/commit").read_text().split()
+    assert (name, digest) == ("0123abc", calls.digest_of_sources())
+    (tmp_path / ".gpu/b/000.webp").unlink()  # is noticed, and made again
+    assert gpu.main(words) == 0
+    assert (tmp_path / ".gpu/b/000.webp").exists()
+    capsys.readouterr()
     monkeypatch.setattr(gpu, "LIMIT", 1000)
     assert gpu.main(words) == 2
     assert "first: more than" in capsys.readouterr().err

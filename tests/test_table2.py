@@ -434,10 +434,14 @@ def test_warm(tmp_path, capsys, monkeypatch):
     path = tmp_path / "warm.json"
     assert table2.main(arguments(tmp_path / "out", "--warm", path)) == 0
     assert "digits/tiny, adamsrt: " in capsys.readouterr().out
-    found = json.loads(path.read_text("utf-8"))["images_per_second"]
+    found = json.loads(path.read_text("utf-8"))["columns"]
     assert found.keys() == {"digits/tiny"}
     assert found["digits/tiny"].keys() == {"adamsrt", "sgd"}
-    assert min(found["digits/tiny"].values()) > 0
+    for row in found["digits/tiny"].values():
+        assert row["images"] == 3 * 16
+        assert len(row["epochs"]) == table2.WARM_EPOCHS
+        median = sorted(end - start for start, end in row["epochs"])[1]
+        np.testing.assert_allclose(row["images_per_second"] * median, 3 * 16)
     assert not outcomes(tmp_path / "out")
 
 

@@ -6,20 +6,21 @@
     python -m benchmarks.gpu collect FOLDER             # here: takes in what came back
 
 The machine there has a copy of the files, no history, nothing installed and no network. 64 MiB can
-travel with a call: half of CIFAR-10 goes with each. What should come back goes into the folder in the
-variable OUT. The next two calls may be days later, on another machine: they go on where these end.
+travel with a call: half of CIFAR-10 goes with each. Whatever should come back is written to the folder
+that $OUT names. The next two calls may be days later, on another machine: they go on where these end.
 """
 
-import argparse
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cli import Parser, at_least
 from benchmarks.gpu import calls, luggage, parcels
 
 LIMIT = 62 * luggage.MIB  # 64 MiB may travel
@@ -38,7 +39,8 @@ def prepare(data_dir: Path, folder: Path) -> None:
     if _git("status", "--porcelain"):
         raise UsageError("commit first: results name the commit that made them")
     parcels.pack(npz, folder)
-    (folder / "commit").write_text(_git("rev-parse", "HEAD") + "\n", "utf-8")
+    commit = f"{_git('rev-parse', 'HEAD')} {calls.digest_of_sources()}\n"
+    (folder / "commit").write_text(commit, "utf-8")
     tracked = sum(
         path.stat().st_size
         for name in _git("ls-files", "-z").split("\0")
@@ -49,7 +51,7 @@ def prepare(data_dir: Path, folder: Path) -> None:
         size = tracked + sum(map(_size, there))
         print(
             f"{call}: {size / luggage.MIB:.1f} MiB travel; carry "
-            + " ".join(f"{calls.CARRIED.name}/{path.name}" for path in there)
+            + " ".join(f"{folder.name}/{path.name}" for path in there)
         )
         if size > LIMIT:
             raise UsageError(f"{call}: more than {LIMIT / luggage.MIB:.0f} MiB cannot travel")
@@ -59,7 +61,10 @@ def collect(folder: Path, results: Path, carried: Path) -> None:
     archive = folder / "results.tar.gz"
     if not archive.exists():
         raise UsageError(f"{archive} is not there: nothing came back")
-    names = luggage.unpack(archive, results)
+    try:
+        names = luggage.unpack(archive, results)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UsageError(f"{archive}: is no archive, or not a whole one") from error
     print(f"{len(names)} results are in {results}")
     if (cache := folder / "cache.tar").exists():
         carried.mkdir(parents=True, exist_ok=True)
@@ -71,15 +76,16 @@ def collect(folder: Path, results: Path, carried: Path) -> None:
 def run_call(args: Any) -> int:
     if not (out := os.environ.get("OUT")):
         raise UsageError("the variable OUT does not name the folder for what should come back")
-    # A call that is ended from outside brings back what it has.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    for ended in (signal.SIGTERM, signal.SIGHUP):  # also then it brings back what it has
+        signal.signal(ended, lambda *_: sys.exit("ended from outside"))
     setting = calls.SMALL if args.small else calls.Setting()
     call = calls.Call(setting, args.seconds, args.keep, Path(out))
     try:
         getattr(calls, args.command)(call)
-    except (calls.CallError, subprocess.TimeoutExpired) as error:
+    except (calls.CallError, subprocess.TimeoutExpired, OSError) as error:
         call.failed.append(str(error))
     finally:
+        call.end()
         try:
             luggage.bring_back(call.keep, call.out, call.say)
         except luggage.FullError as error:
@@ -99,16 +105,15 @@ def _size(path: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu", description=str(__doc__).splitlines()[0]
-    )
+    parser = Parser(prog="benchmarks.gpu", description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="pack the data, note the commit")
     command.add_argument("--data-dir", type=Path, required=True, help="holds cifar10.npz")
     command.add_argument("--folder", type=Path, default=calls.CARRIED)
     for name in ("first", "second"):
         command = commands.add_parser(name, help=str(getattr(calls, name).__doc__).splitlines()[0])
-        command.add_argument("seconds", type=float, help="within which the call ends")
+        help_text = "within which the call ends; let the tool that runs it wait 20 longer"
+        command.add_argument("seconds", type=at_least(float, 60.0, 3600.0), help=help_text)
         command.add_argument("--small", action="store_true", help="the rehearsal's setting")
         command.add_argument("--keep", type=Path, default=KEEP, help="what stays between the two")
     command = commands.add_parser("unpack", help="put the halves together; `second` does it")

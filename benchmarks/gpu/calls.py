@@ -4,10 +4,12 @@ This process starts the others, ends them when their time is up, and packs what 
 touches the GPU itself, so that whatever happens there it can still bring back the rest.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -22,12 +24,16 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 CARRIED = ROOT / ".gpu"
 PACKING = 12  # seconds at the end
+STARTING = 20  # seconds that a command may take before it begins to train
 FASTER = 1.03  # by which something has to be to be chosen: repetitions differ by less
 TOGETHER = 1.15  # by which two processes have to be faster than one
+PAIR_EPOCHS = 15  # of which only those count that the other process trains through, too
 CONVOLUTIONS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
+METHOD = "adamsrt"  # whose speed decides
+TRY_AGAIN = 75  # status of benchmarks.table2: it ended in time, and goes on with the next call
 
-# What each kind of stage may take, in seconds: about twice what is expected.
-CHECK, FIRST_COMPILE, COMPILE, STEP_TIMES, ALONE, UNPACK = 60, 100, 110, 45, 45, 60
+# What each kind of stage may take, in seconds.
+CHECK, FIRST_COMPILE, COMPILE, NUMBERS, STEP_TIMES, ALONE, UNPACK = 60, 100, 110, 60, 60, 45, 60
 
 
 class CallError(Exception):
@@ -95,18 +101,21 @@ class Call:
 
     def __init__(self, setting: Setting, seconds: float, keep: Path, out: Path):
         self.setting, self.keep, self.out = setting, keep, out
-        self._end = time.monotonic() + seconds
         self._start = time.monotonic()
+        self._end = self._start + seconds
         self.failed: list[str] = []
+        self.results = keep / "results"  # then that of the device
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("logs", "results", "cache", "data"):
             (keep / name).mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {
-            "COMMIT": _commit(),
+            "COMMIT": commit(),
             "PYTHONUNBUFFERED": "1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the card
             "JAX_COMPILATION_CACHE_DIR": str(keep / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**33),  # or JAX does not note what was used
         }
 
     def left(self) -> float:
@@ -117,50 +126,66 @@ class Call:
         print(f"{time.monotonic() - self._start:5.0f} s  {text}", flush=True)
 
     def stage(self, limit: float, *commands: Command) -> None:
-        """All of them side by side; what the time is too short for is ended, and the rest goes on."""
-        limit = min(limit * self.setting.patience, self.left())
-        self.say(f"{', '.join(command.name for command in commands)} (at most {limit:.0f} s)")
-        if limit <= 0:
-            self.failed += [f"{command.name}: no time" for command in commands]
-            return
-        end = time.monotonic() + limit
-        running = {command.name: self._begin(command) for command in commands}
-        try:
-            for name, process in running.items():
-                try:
-                    status = process.wait(max(end - time.monotonic(), 0.0))
-                except subprocess.TimeoutExpired:
-                    status = None
-                self._report(name, status)
-        finally:
-            for process in running.values():
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+        """All of them side by side, to their end."""
+        if self.begin(*commands):
+            self.finish(limit, *commands)
 
-    def _begin(self, command: Command) -> subprocess.Popen[bytes]:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {command.flags}".strip()
-        with (self.keep / "logs" / f"{command.name}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", command.module, *map(str, command.words)],
-                cwd=ROOT,
-                env=self.environment | ({"XLA_FLAGS": flags} if flags else {}),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def begin(self, *commands: Command) -> bool:
+        """Whether there is time for them."""
+        if self.left() <= 0:
+            self.failed += [f"{command.name}: no time" for command in commands]
+            return False
+        self.say(f"begin {', '.join(command.name for command in commands)}")
+        for command in commands:
+            flags = f"{os.environ.get('XLA_FLAGS', '')} {command.flags}".strip()
+            with (self.keep / "logs" / f"{command.name}.log").open("wb") as log:
+                self._running[command.name] = subprocess.Popen(
+                    [sys.executable, "-m", command.module, *map(str, command.words)],
+                    cwd=ROOT,
+                    env=self.environment | ({"XLA_FLAGS": flags} if flags else {}),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,  # of its own, to be ended with all that it has started
+                )
+        return True
+
+    def finish(self, limit: float, *commands: Command) -> None:
+        """Waits for them; what the time is too short for is ended, and the rest goes on."""
+        end = time.monotonic() + min(limit * self.setting.patience, self.left())
+        for name in (command.name for command in commands if command.name in self._running):
+            try:
+                status = self._running[name].wait(max(end - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                status = None
+                self._kill(name)
+            del self._running[name]
+            self._report(name, status)
+
+    def end(self) -> None:
+        """Of everything that still runs."""
+        for name in list(self._running):
+            self._kill(name)
+            del self._running[name]
+
+    def _kill(self, name: str) -> None:
+        process = self._running[name]
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            luggage.drop_unfinished(self.keep / "cache", seconds=3.0)
+
+    def log(self, name: str) -> str:
+        """What a command printed, empty if there was none."""
+        path = self.keep / "logs" / f"{name}.log"
+        return path.read_text("utf-8", "replace") if path.exists() else ""
 
     def _report(self, name: str, status: int | None) -> None:
-        lines = (self.keep / "logs" / f"{name}.log").read_text("utf-8", "replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        last = next((x for x in reversed(self.log(name).splitlines()) if x.strip()), "").strip()
         what = "its time was up" if status is None else f"status {status}"
         if status not in (0, TRY_AGAIN):
             self.failed.append(f"{name}: {what}, {last}")
-        self.say(f"    {name}: {what}; {last.strip()[:150]}")
-
-
-TRY_AGAIN = 75  # of benchmarks.table2: it ended in time, and goes on with the next call
+        self.say(f"    {name}: {what}; {last[:150]}")
 
 
 def first(call: Call) -> None:
@@ -170,58 +195,59 @@ def first(call: Call) -> None:
     _take_half(call, "a")
     call.say(luggage.take_cache(CARRIED / "cache.tar", keep / "cache", device))
     (keep / "cache" / luggage.MADE_BY).write_text(json.dumps(device), "utf-8")
-    _copy(RESULTS, keep / "results")
-    slug = device["slug"]
-    precision = keep / "results" / f"precision_{slug}.json"
-    chosen = _choice(keep / "results")
+    results = _results(call, device)
+    chosen = _choice(results)
     # The flags belong to a compiled program: training may take any of these.
     flags = setting.flags if chosen is None else [chosen["flags"]]
     programs = [_compile(call, method, one) for one in flags for method in setting.methods]
-    programs += [_speed(call, model, compile_only=True) for model in setting.models]
     if chosen is None:
         programs += [_compile(call, METHOD, flags[0], dtype) for dtype in setting.other_dtypes]
+    numbers = Command("precision", "benchmarks.precision", ["--out", results / "precision.json"])
+    go = keep / "go"
+    go.unlink(missing_ok=True)
+    steps = [_speed(call, model, go, results) for model in setting.models]
     # One method alone, because XLA chooses between convolutions by timing them, and the others take over
     # its choice from the cache. The numbers need little of the GPU.
-    numbers = Command("precision", "benchmarks.precision", ["--out", precision])
-    call.stage(FIRST_COMPILE, numbers, programs[0])
+    call.begin(numbers)
+    call.stage(FIRST_COMPILE, programs[0])
+    call.begin(*steps)
     call.stage(COMPILE, *programs[1:])
-    for model in setting.models:
-        call.stage(STEP_TIMES, _speed(call, model))
+    call.finish(NUMBERS, numbers)
+    go.touch()  # nothing else runs any more: the steps are timed, one process after the other
+    call.finish(STEP_TIMES, *steps)
     if chosen is None:
-        choose(call, device)
+        choose(call, device, results)
 
 
 def second(call: Call) -> None:
     """Trains: the grid, then the seeds in turn over the methods, until the time is up."""
     keep = call.keep
-    check(call)
+    device = check(call)
     _take_half(call, "b")
     if lost := parcels.missing(keep / "data"):
         raise CallError(
             f"half {' and '.join(lost)} of the data is not here: run `first` before, on the same machine"
         )
-    _copy(RESULTS, keep / "results")
+    results = _results(call, device)
     call.stage(UNPACK, Command("unpack", "benchmarks.gpu", ["unpack", "--keep", keep]))
-    chosen = _choice(keep / "results") or {"flags": "", "processes": 1}
+    chosen = _choice(results)
+    if chosen is None:  # one table has one way to train
+        chosen = {"flags": call.setting.flags[0], "processes": 1, "why": "nothing was measured"}
+        _write_json(results / "choice.json", chosen)
     seconds = int(call.left())
-    call.stage(
-        seconds,
-        *(
-            _table2(call, f"training_{i}", ["--stop-after", seconds - 5], chosen["flags"])
-            for i in range(chosen["processes"])
-        ),
-    )
-    log = (keep / "logs" / "training_0.log").read_text("utf-8", "replace")
-    print(
-        log[log.rfind("Learning rates and weight decays") :] if "Learning rates and" in log else ""
-    )
-
-
-METHOD = "adamsrt"  # whose speed decides
+    if seconds < STARTING:
+        raise CallError("no time is left to train")
+    commands = [
+        _table2(call, f"training_{i}", ["--stop-after", seconds - STARTING], chosen["flags"])
+        for i in range(chosen["processes"])
+    ]
+    call.stage(seconds, *commands)
+    _, found, table = call.log("training_0").rpartition("Learning rates and weight decays")
+    print(found + table, flush=True)
 
 
 def check(call: Call) -> dict[str, Any]:
-    """What is here; ends the call where it is not what the call is for."""
+    """The device; raises CallError if there is no GPU, or something is not installed."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.check"],
         cwd=ROOT,
@@ -237,56 +263,92 @@ def check(call: Call) -> dict[str, Any]:
     if found["platform"] != call.setting.platform:
         raise CallError(f"no GPU: JAX finds {found['device']}, a {found['platform']}")
     call.say(
-        f"{found['device']}, JAX {found['jax']}, {os.cpu_count()} cores, commit {_commit()[:7]}"
+        f"{found['device']}, JAX {found['jax']}, {os.cpu_count()} cores, commit {commit()[:7]}"
     )
     return found
 
 
-def choose(call: Call, device: Mapping[str, Any]) -> None:
-    """The flags of XLA, and how many processes at once: by images per second, once and for all tables.
+def choose(call: Call, device: Mapping[str, Any], results: Path) -> None:
+    """The flags of XLA, and how many processes at once: by images per second, once for all tables.
 
-    The choice is committed with the results, and later calls keep to it. There is none if the time was
-    too short for all that decides: then the next call chooses.
+    The choice is committed with the results, and later calls keep to it. What does not run is not
+    chosen; nothing is if the time was too short, or if plain training could not be measured.
     """
-    speeds: dict[str, float] = {}
-    for flags in call.setting.flags:
-        call.stage(ALONE, command := _measure(call, flags))
-        speeds[flags] = _images_per_second(call, command)
-    beside = {}
-    for dtype in call.setting.other_dtypes:
-        call.stage(ALONE, command := _measure(call, dtype=dtype))
-        beside[dtype] = _images_per_second(call, command)
-    plain = call.setting.flags[0]
+    plain, *others = call.setting.flags
+    speeds = {flags: _speed_of(call, _measure(call, flags)) for flags in (plain, *others)}
     fastest = max(speeds, key=lambda flags: speeds[flags])
     fastest = fastest if speeds[fastest] > FASTER * speeds[plain] else plain
-    pair = [_measure(call, fastest, place=place) for place in "01"]
+    pair = [_measure(call, fastest, place=place, epochs=PAIR_EPOCHS) for place in "01"]
+    for command in pair:
+        _warm_file(call, command.name).unlink(missing_ok=True)
     call.stage(ALONE, *pair)
-    both = [_images_per_second(call, command) for command in pair]
-    if call.left() <= 0:
-        call.say("nothing chosen: the time was too short")
+    both = together([_timed(call, command) for command in pair])
+    beside = {
+        dtype: _speed_of(call, _measure(call, dtype=dtype)) for dtype in call.setting.other_dtypes
+    }
+    call.say(f"images/s: {speeds}, {beside}, two at once {both:.0f}")
+    if call.left() <= 0 or not speeds[plain]:
+        call.say("nothing chosen: not everything could be measured")
         return
-    processes = 2 if min(both) > 0 and sum(both) > TOGETHER * speeds[fastest] else 1
     content = {
         "device": device,
-        "commit": _commit(),
+        "commit": commit(),
         "setting": f"{call.setting.column}, {METHOD}, {call.setting.dtype}",
         "images_per_second": {"flags": speeds, "dtypes": beside, "two processes": both},
         "flags": fastest,
-        "processes": processes,
+        "processes": 2 if both > TOGETHER * speeds[fastest] else 1,
     }
-    text = json.dumps(content, indent=1)
-    (call.keep / "results" / "choice.json").write_text(f"{text}\n", "utf-8")
-    call.say(f"images/s: {speeds}, {beside}, two at once {both}")
-    call.say(f"chosen: flags {fastest!r}, {processes} at once")
+    _write_json(results / "choice.json", content)
+    call.say(f"chosen: flags {fastest!r}, {content['processes']} at once")
 
 
-def _images_per_second(call: Call, command: Command) -> float:
-    """0 where it was not measured."""
+def together(found: Sequence[Mapping[str, Any] | None]) -> float:
+    """Images per second of processes side by side: of the epochs that all others train through, too."""
+    if not all(row and row["epochs"] for row in found):
+        return 0.0
+    rows = [row for row in found if row]
+    begin = max(row["epochs"][0][0] for row in rows)
+    end = min(row["epochs"][-1][1] for row in rows)
+    total = 0.0
+    for row in rows:
+        inside = [stop - start for start, stop in row["epochs"] if begin <= start and stop <= end]
+        if not inside:
+            return 0.0
+        total += row["images"] / statistics.median(inside)
+    return total
+
+
+def _speed_of(call: Call, command: Command) -> float:
+    """Images per second of training alone; 0 where it could not be measured."""
+    _warm_file(call, command.name).unlink(missing_ok=True)  # of an earlier attempt
+    call.stage(ALONE, command)
+    found = _timed(call, command)
+    return found["images_per_second"] if found else 0.0
+
+
+def _timed(call: Call, command: Command) -> dict[str, Any] | None:
     try:
         content = json.loads(_warm_file(call, command.name).read_text("utf-8"))
     except (OSError, ValueError):
-        return 0.0
-    return content["images_per_second"][call.setting.column][METHOD]
+        return None
+    return content["columns"][call.setting.column][METHOD]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def _results(call: Call, device: Mapping[str, Any]) -> Path:
+    """The folder of this kind of device, with what earlier calls have found and this one has not."""
+
+    def copy(source: str, target: str) -> str:
+        return target if Path(target).exists() else shutil.copy2(source, target)
+
+    if RESULTS.exists():
+        shutil.copytree(RESULTS, call.keep / "results", copy_function=copy, dirs_exist_ok=True)
+    found = call.results = call.keep / "results" / device["slug"]
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def _choice(results: Path) -> dict[str, Any] | None:
@@ -303,10 +365,13 @@ def _compile(call: Call, method: str, flags: str = "", dtype: str = "") -> Comma
     return _table2(call, name, words, flags, dtype)
 
 
-def _measure(call: Call, flags: str = "", dtype: str = "", place: str = "") -> Command:
+def _measure(
+    call: Call, flags: str = "", dtype: str = "", place: str = "", epochs: int | None = None
+) -> Command:
     """Images per second."""
     name = _name("measure", METHOD, dtype, "flags" if flags else "", place)
     words = ["--methods", METHOD, "--warm", _warm_file(call, name)]
+    words += [] if epochs is None else ["--warm-epochs", epochs]
     return _table2(call, name, words, flags, dtype)
 
 
@@ -326,19 +391,17 @@ def _table2(
     options += ["--dtype", dtype or setting.dtype, "--methods", *setting.methods]
     options += ["--grid", "--rates", *setting.rates, "--decays", *setting.decays]
     options += ["--seeds", setting.seeds, "--devices", 1, *setting.more]
-    options += ["--data-dir", call.keep / "npz", "--out", call.keep / "results" / "table2"]
+    options += ["--data-dir", call.keep / "npz", "--out", call.results / "table2"]
     # A run lasts seconds, and is sooner repeated than saved.
     options += ["--save-every", 1e9]
     return Command(name, "benchmarks.table2", [*options, *words], flags)
 
 
-def _speed(call: Call, model: str, compile_only: bool = False) -> Command:
-    """Compiling alone is measuring one round beside others: what it finds is thrown away."""
+def _speed(call: Call, model: str, go: Path, out: Path) -> Command:
+    """Compiles at once, and measures when told."""
     setting = call.setting
-    words = ["--model", model, "--only", *setting.contenders]
-    if compile_only:
-        return Command(f"compile_{model}", "benchmarks.speed", [*words, "--rounds", 1])
-    words += ["--rounds", setting.rounds, "--torch", "--out", call.keep / "results"]
+    words = ["--model", model, "--only", *setting.contenders, "--torch"]
+    words += ["--rounds", setting.rounds, "--wait-for", go, "--out", out]
     return Command(f"speed_{model}", "benchmarks.speed", words)
 
 
@@ -351,14 +414,18 @@ def _take_half(call: Call, half: str) -> None:
     shutil.copytree(CARRIED / half, call.keep / "data" / half, dirs_exist_ok=True)
 
 
-def _copy(folder: Path, to: Path) -> None:
-    if folder.exists():
-        shutil.copytree(folder, to, dirs_exist_ok=True)
-
-
-def _commit() -> str:
-    """As prepared: a copy of the files has no history."""
+def commit() -> str:
+    """As prepared, because a copy of the files has no history; "+" if they have changed since."""
     try:
-        return (CARRIED / "commit").read_text("utf-8").strip()
-    except OSError as error:
+        name, digest = (CARRIED / "commit").read_text("utf-8").split()
+    except (OSError, ValueError) as error:
         raise CallError(f"{CARRIED / 'commit'} is missing: run `prepare`, and carry it") from error
+    return name if digest == digest_of_sources() else f"{name}+"
+
+
+def digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for folder in ("spherical_optax", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -24,6 +24,9 @@ def main() -> None:
             importlib.import_module(name)
         except ImportError as error:
             missing.append(f"{name} ({error})")
+        else:
+            if name == "PIL" and not importlib.import_module("PIL.features").check("webp"):
+                missing.append("PIL with WebP")
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}")
     import jax

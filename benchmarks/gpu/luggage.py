@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ LARGEST = 15 * MIB  # of a file that comes back: 16 at most
 CACHE = 6 * MIB  # beside the checkout, 7, and half of the data, 49, of the 64 that may travel
 LOG = 64 * 1024  # bytes, of each command
 MADE_BY = "made_by.json"  # in the cache: the JAX and the device that it is good for
-# Of the programs in the cache, those of training, which take longest to compile.
-FIRST = ("jit_epoch", "jit_train_step")
 
 
 class FullError(Exception):
@@ -68,9 +67,10 @@ def take_cache(carried: Path, cache: Path, made_by: Mapping[str, Any]) -> str:
     try:
         names = unpack(carried, fresh)
         theirs = json.loads((fresh / MADE_BY).read_text("utf-8"))
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        return f"{carried}: no cache of compiled programs ({error}); everything is compiled anew"
+        why = type(error).__name__
+        return f"{carried}: no cache of compiled programs ({why}); everything is compiled anew"
     if theirs != dict(made_by):
         shutil.rmtree(fresh)
         return f"{carried}: compiled by {theirs}, and this is {dict(made_by)}; compiled anew"
@@ -84,14 +84,25 @@ def _files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and not skipped & set(path.relative_to(folder).parts)
+        if path.is_file()
+        and not skipped & set(path.relative_to(folder).parts)
+        and path.suffix not in (".tmp", ".lock")
+        and path.name != ".lockfile"  # JAX's
     )
 
 
 def _worth_carrying(cache: Path) -> list[Path]:
-    """Those of training first, then the smaller ones; the times of access that JAX notes are left."""
+    """What was used last, which after the second call is what training needs.
+
+    JAX notes the time of use of NAME-cache in NAME-atime, because a largest size is set.
+    """
+
+    def used(path: Path) -> float:
+        noted = path.with_name(path.name.removesuffix("-cache") + "-atime")
+        return (noted if noted.exists() else path).stat().st_mtime
+
     files = [path for path in _files(cache) if not path.name.endswith("-atime")]
-    files.sort(key=lambda path: (not path.name.startswith((*FIRST, MADE_BY)), path.stat().st_size))
+    files.sort(key=lambda path: (path.name != MADE_BY, -used(path)))
     chosen, size = [], 0
     for path in files:
         size += path.stat().st_size + 1024  # a tar's header and padding
@@ -99,6 +110,13 @@ def _worth_carrying(cache: Path) -> list[Path]:
             break
         chosen.append(path)
     return chosen
+
+
+def drop_unfinished(cache: Path, seconds: float) -> None:
+    """Entries that were being written when a process was killed: JAX would never replace them."""
+    for path in cache.rglob("*-cache"):
+        if time.time() - path.stat().st_mtime < seconds:
+            path.unlink(missing_ok=True)
 
 
 def _pack(path: Path, mode: Any, folder: Path, files: Iterable[Path]) -> None:

@@ -10,6 +10,7 @@ the GPU's machine carries 64. So each of the two calls carries one half:
 
 import hashlib
 import json
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,19 @@ class ParcelError(ValueError):
 
 def pack(npz: Path, folder: Path) -> None:
     """Writes both halves of NAME.npz, whose arrays are those of `benchmarks.data`."""
-    with np.load(npz, allow_pickle=False) as arrays:
-        images = np.concatenate([arrays["x_train"], arrays["x_test"]])
-        labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
-        train = len(arrays["y_train"])
+    try:
+        with np.load(npz, allow_pickle=False) as arrays:
+            images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+            labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
+            train = len(arrays["y_train"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ParcelError(f"{npz}: is no data set ({' '.join(str(error).split())})") from error
     middle = -(-len(images) // (2 * STRIP)) * STRIP
     parts = zip(HALVES, np.split(images, [middle]), np.split(labels, [middle]), strict=True)
     for half, some, their in parts:
         about = {"file": npz.name, "train": train, "of": len(images), "sha256": _sha256(some)}
         place = folder / half
-        if _about(place) == about:
+        if _about(place) == about and _is_whole(place):
             continue
         place.mkdir(parents=True, exist_ok=True)
         for old in place.iterdir():
@@ -82,6 +86,13 @@ def _half(place: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     if _sha256(images) != about["sha256"] or len(labels) != len(images):
         raise ParcelError(f"{place}: is damaged; prepare it again")
     return about, images, labels
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        return bool(_half(place))
+    except ParcelError:
+        return False
 
 
 def _about(place: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ def ratio(model: str, optimizer: str) -> Callable[[Path], Iterator[str]]:
     """Of the times of one step, to that of optax.adam."""
 
     def measure(results: Path) -> Iterator[str]:
-        for content in contents(results, f"speed_few_*_{model}.json"):
+        for content in contents(results, f"*/speed_few_*{model}.json"):
             row = content["optimizers"].get(optimizer)
             if row:
                 yield f"{row['time_ratio']:.2f} ({content['environment']['device']})"
@@ -29,12 +29,12 @@ def ratio(model: str, optimizer: str) -> Callable[[Path], Iterator[str]]:
 
 
 def speed(pick: Callable[[dict[str, Any]], float | None], form: str = "{:.2f}") -> Any:
-    """From what decided how to train: see `benchmarks.gpu.calls.choose`."""
+    """From choice.json, the measurements that decided how to train (`benchmarks.gpu.calls.choose`)."""
 
     def measure(results: Path) -> Iterator[str]:
-        for content in contents(results, "choice.json"):
-            value = pick(content["images_per_second"])
-            if value:
+        for content in contents(results, "*/choice.json"):
+            measured = content.get("images_per_second")
+            if measured and (value := pick(measured)):
                 yield f"{form.format(value)} ({content['device']['device']})"
 
     return measure
@@ -57,7 +57,7 @@ def _float32(found: dict[str, Any]) -> float | None:
 
 def _together(found: dict[str, Any]) -> float | None:
     best = max(found["flags"].values())
-    return sum(found["two processes"]) / best if best else None
+    return found["two processes"] / best if best else None
 
 
 BYTES = "bytes moved"
@@ -82,7 +82,7 @@ PREDICTIONS = (
     ),
     Prediction(
         "images per second, ResNet-20, AdamSRT, bfloat16",
-        "50,000 to 85,000, for 442 kernels a step (325 now)",
+        "50,000 to 85,000, for the 442 kernels of a step at that time (325 now)",
         "442 launches of 2.5 us, cuDNN's dearer",
         speed(lambda found: found["flags"][""], "{:,.0f}"),
     ),

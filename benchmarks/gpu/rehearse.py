@@ -129,7 +129,7 @@ def check_results(results: Path, setting: calls.Setting, commit: str) -> None:
     commits = collections.Counter(run["commit"] for run in runs)
     expect(commits == {commit: len(runs)}, f"commits {commits}")
     there = {path.name for path in results.iterdir()}
-    for name in ("choice.json", "precision_cpu.json", "speed_few_small.json"):
+    for name in ("choice.json", "precision.json", "speed_few_small.json"):
         expect(name in there, f"{name} did not come back")
 
 
@@ -164,7 +164,7 @@ def rehearse(python: str, data_dir: Path | None) -> None:
             cwd=calls.ROOT,
             check=True,
         )
-        check_results(results, setting, commit)
+        check_results(results / "cpu", setting, commit)
     print(f"rehearsed, commit {commit[:7]}: ready")
 
 
