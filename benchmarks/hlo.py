@@ -73,9 +73,9 @@ def count(text: str, loop_body: bool = False, larger: bool = False) -> Counts:
     """Kernels of an optimized HLO program, and the bytes that they read and write.
 
     Every fusion, copy, custom call and so on is one kernel, though a library may launch several for one
-    call; the start and the end of an asynchronous kernel count as one. What `call` wraps, command buffers
-    among it, counts as if it stood there, and a loop as often as it is known to run; with `loop_body`
-    it is one round of the entry's single loop that is counted, and nothing beside.
+    call; the start and the end of an asynchronous kernel count as one. What `call` wraps, command
+    buffers among it, counts as if it stood there, and a loop as often as it is known to run; with
+    `loop_body` it is one round of the entry's single loop that is counted, and nothing beside.
 
     A conditional is one kernel, the copy that tells the host which branch to take, and the smaller
     branch: with `so.track(every=10)` that of nine in ten steps, which does nothing. With `larger` it

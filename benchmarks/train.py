@@ -61,9 +61,10 @@ def make_trainer(
     """Learning rate and weight decay are arguments of its compiled program: see `protocol.injected`.
 
     `few_kernels`, by default on accelerators, computes the same up to rounding with fewer kernels, each
-    of which costs its launch there: BatchNorm's sums are computed in pairs, and the optimizer's small arrays
-    are stacked. A step of AdamSRT on ResNet-20 has 325 in place of 443, one of Adam 292 in place of 388
-    (`python -m benchmarks.kernels --training resnet20`). CPUs keep the program of the published results.
+    of which costs its launch there: BatchNorm's sums are computed in pairs, and the optimizer's small
+    arrays are stacked. On ResNet-20, a step of AdamSRT has 325 in place of 443, and one of Adam 292 in
+    place of 388 (`python -m benchmarks.kernels --training resnet20`). CPUs keep the program of the
+    published results.
     """
     if few_kernels is None:
         few_kernels = jax.default_backend() != "cpu"
