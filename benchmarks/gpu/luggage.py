@@ -53,8 +53,8 @@ def bring_back(keep: Path, out: Path, say: Callable[[str], None]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
+        folder.mkdir(parents=True, exist_ok=True)
         tar.extractall(folder, filter="data")
         return [member.name for member in tar.getmembers() if member.isfile()]
 
