@@ -43,3 +43,7 @@ def at_least(
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     help_text = "of the activations; parameters and optimizer state stay in float32"
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=help_text)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
+from benchmarks.cli import one_line
+
 VALIDATION_FRACTION = 0.05  # of the training set, as in the paper
 DIGITS_TRAIN, DIGITS_VALIDATION = 200, 400  # few to train on, so that methods can differ
 SPLIT_SEED = 0  # every run of every method holds out the same images
@@ -74,7 +76,6 @@ SIZES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "svhn_cropped": (73_257, 26_032),
-    "cifar10-16": (50_000, 10_000),
 }
 
 
@@ -111,7 +112,7 @@ def random_images(name: str) -> Dataset:
         images = rng.integers(0, 256, (n, *source.shape), np.uint8)
         return Split(images, rng.integers(0, source.num_classes, n, np.int32))
 
-    return _with_validation(source, *map(noise, SIZES[name]))
+    return _with_validation(source, *map(noise, SIZES[source.of or name]))
 
 
 def _with_validation(source: Source, train: Split, test: Split) -> Dataset:
@@ -163,7 +164,7 @@ def _read_npz(source: Source, path: Path) -> tuple[Split, Split]:
     except KeyError as error:
         raise DataError(f"{path}: has no array {error.args[0].split()[0]}") from error
     except (OSError, EOFError, ValueError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: truncated or not an npz file ({_one_line(error)})") from error
+        raise DataError(f"{path}: truncated or not an npz file ({one_line(error)})") from error
     return (
         _checked(source, arrays["x_train"], arrays["y_train"], f"{path}: train"),
         _checked(source, arrays["x_test"], arrays["y_test"], f"{path}: test"),
@@ -174,7 +175,7 @@ def _read_tfds(source: Source, data_dir: Path | None) -> tuple[Split, Split]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise DataError(f"{source.name} needs tensorflow-datasets: {_one_line(error)}") from error
+        raise DataError(f"{source.name} needs tensorflow-datasets: {one_line(error)}") from error
     where = f"TFDS folder {data_dir}" if data_dir else "TFDS download"
     try:
         splits = tfds.data_source(
@@ -185,7 +186,7 @@ def _read_tfds(source: Source, data_dir: Path | None) -> tuple[Split, Split]:
         )
         train, test = (list(split) for split in splits)
     except Exception as error:  # readers, decoders and downloaders share no narrower class
-        raise DataError(f"{where}: cannot read {source.name} ({_one_line(error)})") from error
+        raise DataError(f"{where}: cannot read {source.name} ({one_line(error)})") from error
     return (
         _checked(source, *_stack(train), f"{where}: train"),
         _checked(source, *_stack(test), f"{where}: test"),
@@ -213,7 +214,3 @@ def _checked(source: Source, images: np.ndarray, labels: np.ndarray, where: str)
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= source.num_classes:
         raise DataError(f"{where}: labels must be integers from 0 to {source.num_classes - 1}")
     return Split(images, labels.astype(np.int32))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

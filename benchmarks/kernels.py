@@ -110,6 +110,11 @@ def as_json(counts: Counts) -> dict[str, Any]:
     return {"kernels": counts.kernels, "kinds": kinds} | moved
 
 
+def bytes_moved(row: dict[str, Any]) -> int:
+    """Read and written, of a row as JSON."""
+    return row["read_bytes"] + row["written_bytes"]
+
+
 def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTransformation]:
     found = speed.optimizers(spheres, weight_decay)
     return {name: tx for name, tx in found.items() if name != LEFT_OUT}
@@ -123,9 +128,6 @@ HEADER = (
 def cells(rows: dict[str, dict[str, Any]], reference: str = REFERENCE) -> list[tuple[str, ...]]:
     """The numbers of every optimizer as texts, beside those of the reference."""
 
-    def moved(row: dict[str, Any]) -> int:
-        return row["read_bytes"] + row["written_bytes"]
-
     adam = rows[reference]
     return [
         (
@@ -134,7 +136,7 @@ def cells(rows: dict[str, dict[str, Any]], reference: str = REFERENCE) -> list[t
             f"{row['kernels'] / adam['kernels']:.2f}",
             f"{row['read_bytes'] / 1e6:.1f}",
             f"{row['written_bytes'] / 1e6:.1f}",
-            f"{moved(row) / moved(adam):.2f}",
+            f"{bytes_moved(row) / bytes_moved(adam):.2f}",
             f"{row['temporary_bytes'] / 2**20:.1f}",
             f"{row['compile_cpu_seconds']:.1f}",
         )

@@ -216,13 +216,18 @@ class Trainer:
         _ = self._train
 
     def time_epochs(self, epochs: int) -> list[tuple[float, float]]:
-        """When each began and ended, in seconds of `time.time`; one before them touches new memory."""
+        """Compiles all that a run needs; when each epoch began and ended, in seconds of `time.time`.
+
+        One more before them, which is not among them, touches memory for the first time.
+        """
+        self.compile()
         state, times = self.init(0), []
-        for epoch in range(1 + epochs):
+        self.plan(0, 0)  # is compiled too, and so is the evaluation
+        self._accuracy(state, self.validation[:1])
+        for epoch in range(1 + epochs if epochs else 0):
             start = time.time()
             state, *_ = self.train_epoch(state, 0, epoch)
             times.append((start, time.time()))
-        self._accuracy(state, self.validation[:1])  # is compiled too
         return times[1:]
 
     def plan(self, seed: int, epoch: int) -> Plan:

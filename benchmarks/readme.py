@@ -319,21 +319,17 @@ def kernels_section(folder: Path = RESULTS) -> Iterator[str]:
         "`optax.adam`:"
     )
 
-    def moved(row: dict[str, Any]) -> int:
-        return row["read_bytes"] + row["written_bytes"]
-
     def cell(model: str, name: str) -> str:
-        row, adam = models[model][name], models[model][speed.REFERENCE]
-        return f"{found[model][name][places['kernels']]} ({moved(row) / moved(adam):.2f})"
+        moved = {of: kernels.bytes_moved(models[model][of]) for of in (name, speed.REFERENCE)}
+        ratio = moved[name] / moved[speed.REFERENCE]
+        return f"{found[model][name][places['kernels']]} ({ratio:.2f})"
 
-    header = [*models]
-    yield markdown(
-        ("optimizer", *header), [[name, *(cell(m, name) for m in models)] for name in names]
-    )
+    header = ("optimizer", *models)
+    yield markdown(header, [[name, *(cell(m, name) for m in models)] for name in names])
     yield "Temporary memory in the same programs, MiB:"
     memory = places["temp. MiB"]
     yield markdown(
-        ("optimizer", *header),
+        header,
         [[name, *(found[m][name][memory] for m in models)] for name in names],
     )
 

@@ -32,7 +32,7 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks import report
-from benchmarks.cli import Parser, at_least
+from benchmarks.cli import Parser, at_least, one_line
 from benchmarks.methods import METHODS, make_optimizer
 from benchmarks.models import MODELS
 from benchmarks.parameters import IMAGE, LISTED, network
@@ -78,7 +78,7 @@ class Step:
         params: Any,
         grads: Any,
         gradient: Callable[[Any], Any] | None = None,
-        scan: bool | None = None,
+        scan: bool = False,
     ):
         def step(params, state, grads):
             grads = grads if gradient is None else gradient(params)
@@ -91,7 +91,7 @@ class Step:
             )
             return params, state
 
-        self.scan = jax.default_backend() != "cpu" if scan is None else scan
+        self.scan = scan
         self.params = jax.tree.map(jnp.copy, params)
         self.state = tx.init(self.params)
         self.state_bytes = _bytes(self.state)
@@ -180,7 +180,7 @@ def measure(
         except (
             RuntimeError
         ) as error:  # PyTorch's, out of memory, say: ours are measured all the same
-            print(f"without PyTorch: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            print(f"without PyTorch: {one_line(error)[:200]}", file=sys.stderr)
     turn()
     for step in contenders.values():  # the first call touches memory for the first time
         step.run()

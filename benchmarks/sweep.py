@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from benchmarks import protocol, report
+from benchmarks.cli import one_line
 from benchmarks.loop import Run, State, Trainer
 
 POLL = 2.0  # seconds
@@ -322,7 +323,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 

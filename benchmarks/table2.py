@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures, protocol, report
-from benchmarks.cli import Parser, add_dtype, at_least
+from benchmarks.cli import Parser, add_dtype, at_least, one_line
 from benchmarks.data import DataError, Dataset, Split, fingerprint, load, random_images
 from benchmarks.loop import Run, Trainer, steps_per_epoch
 from benchmarks.methods import METHODS
@@ -304,7 +304,7 @@ def join(parser: Parser, words: Sequence[str]) -> None:
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
-        parser.error(f"--distributed: {' '.join(str(error).split())}")
+        parser.error(f"--distributed: {one_line(error)}")
 
 
 def leave(status: int, message: str) -> NoReturn:
@@ -376,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        leave(1, f"error: another process is lost ({' '.join(str(error).split())[:200]})")
+        leave(1, f"error: another process is lost ({one_line(error)[:200]})")
     found = {column: results(store, of) for column, of in jobs.items()}
     source = (
         "by the grid, on the validation images" if args.grid else "as in benchmarks/protocol.py"

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import spherical_optax as so
+from benchmarks.cli import one_line
 
 
 class TorchStep:
@@ -97,8 +98,11 @@ def torch_steps(
     def leaves_as(convert: Callable[..., Any], tree: Any) -> list[Any]:
         return [convert(*pair) for pair in zip(_leaves(tree), _leaves(spheres), strict=True)]
 
-    steps = range(len(jax.tree.leaves(grads)[0]))
-    gradients = [leaves_as(plain, jax.tree.map(lambda g, i=i: g[i], grads)) for i in steps]
+    def gradients_as(convert: Callable[..., Any]) -> list[list[Any]]:
+        steps = range(len(jax.tree.leaves(grads)[0]))
+        return [leaves_as(convert, jax.tree.map(lambda g, i=i: g[i], grads)) for i in steps]
+
+    gradients = gradients_as(plain)
 
     def step(make: Callable[[list[Any]], Any]) -> TorchStep:
         copies = [torch.nn.Parameter(x) for x in leaves_as(plain, params)]
@@ -120,7 +124,7 @@ def torch_steps(
         found["geoopt RiemannianAdam"] = TorchStep(
             lambda p: make(p, **options),
             leaves_as(on_sphere, params),
-            [leaves_as(rows, jax.tree.map(lambda g, i=i: g[i], grads)) for i in steps],
+            gradients_as(rows),
             every,
         )
     return found
@@ -132,7 +136,7 @@ def _found(name: str) -> Any:
     except ImportError:
         return None
     except Exception as error:  # a library of CUDA that does not fit raises OSError, for example
-        print(f"{name} cannot be imported: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name} cannot be imported: {one_line(error)}", file=sys.stderr)
         return None
 
 

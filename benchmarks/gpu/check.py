@@ -32,11 +32,12 @@ def main() -> None:
     import jax
 
     from benchmarks import report
+    from benchmarks.cli import one_line
 
     try:
         kind, platform = jax.devices()[0].device_kind, jax.default_backend()
     except RuntimeError as error:
-        sys.exit(f"no device: {' '.join(str(error).split())}")
+        sys.exit(f"no device: {one_line(error)}")
     found = {"device": kind, "platform": platform, "jax": jax.__version__}
     print(json.dumps(found | {"slug": report.device_slug() or "cpu"}))
 

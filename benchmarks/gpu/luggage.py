@@ -1,7 +1,7 @@
 """What a call brings back: few files, none of them large, and only what the next one can use.
 
 results.tar.gz    tables, times, figures of precision; unpacked by `collect` into benchmarks/results/gpu
-cache.tar         compiled programs, as many as the next call can carry
+cache.tar         compiled programs, as many as can travel with the next `first`
 log.txt           the end of what every command printed
 """
 

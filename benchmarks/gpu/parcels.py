@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from benchmarks.cli import one_line
+
 HALVES = ("a", "b")
 STRIP = 500  # images of 32 rows: a WebP image has at most 16,383
 ABOUT = "about.json"
@@ -35,7 +37,7 @@ def pack(npz: Path, folder: Path) -> None:
             labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
             train = len(arrays["y_train"])
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ParcelError(f"{npz}: is no data set ({' '.join(str(error).split())})") from error
+        raise ParcelError(f"{npz}: is no data set ({one_line(error)})") from error
     middle = -(-len(images) // (2 * STRIP)) * STRIP
     parts = zip(HALVES, np.split(images, [middle]), np.split(labels, [middle]), strict=True)
     for half, some, their in parts:

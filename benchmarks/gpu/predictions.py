@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HEADER = ("what", "expected", "because", "measured")
-REFERENCE = "optax.adam"
 
 
 class Prediction(NamedTuple):
