@@ -7,14 +7,14 @@ building blocks to make your own.
 """
 
 from spherical_optax import analysis, geometry
-from spherical_optax._adamg_star import adamg_star
-from spherical_optax._adamp import adamp, sgdp
-from spherical_optax._check import check_spheres
-from spherical_optax._constraints import normalize, project, retract
-from spherical_optax._discovery import find_spheres, survey_spheres
-from spherical_optax._hyperball import adamh, hyperball, muonh
-from spherical_optax._momentum import ema, trace
-from spherical_optax._optimizers import (
+from spherical_optax._core.matching import spheres_where
+from spherical_optax._core.sphere import Sphere
+from spherical_optax._discovery.check import check_spheres
+from spherical_optax._discovery.find import find_spheres, survey_spheres
+from spherical_optax._optimizers.adamg_star import adamg_star
+from spherical_optax._optimizers.adamp import adamp, sgdp
+from spherical_optax._optimizers.hyperball import adamh, hyperball, muonh
+from spherical_optax._optimizers.paper_variants import (
     VARIANTS,
     adam,
     adamg,
@@ -24,9 +24,11 @@ from spherical_optax._optimizers import (
     sgd,
     sgd_mrt,
 )
-from spherical_optax._quotient import quotient, rms
-from spherical_optax._spheres import Sphere, spheres_where
-from spherical_optax._stacked import stacked
+from spherical_optax._transforms.constraints import normalize, project, retract
+from spherical_optax._transforms.momentum import ema, trace
+from spherical_optax._transforms.quotient import quotient
+from spherical_optax._transforms.second_moment import rms
+from spherical_optax._transforms.stacked import stacked
 from spherical_optax.analysis import track
 
 __version__ = "0.1.0"

@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._groups import Groups, accurate
-from spherical_optax._spheres import Spheres, match
+from spherical_optax._core.groups import Groups, accurate
+from spherical_optax._core.matching import match
+from spherical_optax._core.projection import without_radial
+from spherical_optax._core.safe_math import ratio, sqrt
+from spherical_optax._core.sphere import Spheres
 
 __all__ = [
     "angle",
@@ -303,47 +306,6 @@ def angle(start: Any, end: Any, spheres: Spheres) -> Any:
         return jnp.where(nowhere, 0.0, 2 * jnp.arctan2(sqrt(a), jnp.where(nowhere, 1.0, sqrt(b))))
 
     return groups.scalars(of, apart, along, dot(u, u, groups), dot(w, w, groups))
-
-
-def ratio(a: Any, b: Any, otherwise: float = 1.0) -> jax.Array:
-    """a / b, and `otherwise` where b is not positive: what a group of radius zero gets.
-
-    Here and below it is zero that is asked for, so that NaN stays NaN.
-    """
-    return jnp.where(vanishes(b), otherwise, a / or_one(b))
-
-
-def vanishes(x: jax.Array) -> jax.Array:
-    """Not positive, or so small that dividing by it overflows; NaN is not."""
-    return x < (jnp.finfo(x.dtype).tiny if jnp.issubdtype(x.dtype, jnp.floating) else 1)
-
-
-def or_one(x: jax.Array) -> jax.Array:
-    """x, and 1 where that is zero: what can be divided by."""
-    return jnp.where(vanishes(x), 1.0, x)
-
-
-def change(before: Any, now: Any, groups: Groups) -> Any:
-    """before / now of group-sized trees, and 1 for groups that were or are zero."""
-    return groups.scalars(lambda b, n: jnp.where(b <= 0, 1.0, ratio(b, n)), before, now)
-
-
-def zero_norm(params: Any, groups: Groups) -> Any:
-    """A zero per group, as optimizer state."""
-    # Summed rather than made: shape, dtype and sharding are then those of every later sum.
-    return groups.stored(norm(jax.tree.map(jnp.zeros_like, params), groups))
-
-
-def without_radial(point: Any, vectors: Any, qx: Any, xx: Any, groups: Groups) -> Any:
-    """`project`, given the inner products <q, x> and <x, x>."""
-    # -0.0 as in `_arithmetic.divide`.
-    radial = groups.scalars(lambda qx, xx: ratio(qx, xx, otherwise=-0.0), qx, xx)
-    return groups.map(lambda q, x, c: q - c * x, vectors, point, radial)
-
-
-def sqrt(x: jax.Array) -> jax.Array:
-    """Zero at zero in value and gradient, as all lengths here."""
-    return jnp.where(vanishes(x), 0.0, jnp.sqrt(or_one(x)))
 
 
 def _float(x: Any) -> Any:

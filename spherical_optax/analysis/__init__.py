@@ -4,20 +4,29 @@
 and the `plot_` functions at what it kept.
 """
 
-from spherical_optax.analysis._decomposition import MomentumParts, decompose_momentum
-from spherical_optax.analysis._equilibrium import Equilibrium, adamw_equilibrium, sgd_equilibrium
-from spherical_optax.analysis._equivalence import AdamGStar, adamg_star_from_sgd
-from spherical_optax.analysis._plot_sphere import plot_sphere
-from spherical_optax.analysis._plots import plot_angles, plot_effective_lr, plot_radii
-from spherical_optax.analysis._steps import ImageStep, MeasuredStep, image_step, measure_step
-from spherical_optax.analysis._summary import summary, summary_table, write_summary
-from spherical_optax.analysis._table1 import (
+from spherical_optax.analysis._pictures.history import plot_angles, plot_effective_lr, plot_radii
+from spherical_optax.analysis._pictures.sphere import plot_sphere
+from spherical_optax.analysis._theory.equilibrium import (
+    Equilibrium,
+    adamw_equilibrium,
+    sgd_equilibrium,
+)
+from spherical_optax.analysis._theory.momentum_parts import MomentumParts, decompose_momentum
+from spherical_optax.analysis._theory.one_step import (
+    ImageStep,
+    MeasuredStep,
+    image_step,
+    measure_step,
+)
+from spherical_optax.analysis._theory.table1 import (
     EffectiveStep,
     effective_adam,
     effective_sgd,
     effective_sgd_momentum,
 )
-from spherical_optax.analysis._track import TrackState, track
+from spherical_optax.analysis._theory.theorem4 import AdamGStar, adamg_star_from_sgd
+from spherical_optax.analysis._tracking.summary import summary, summary_table, write_summary
+from spherical_optax.analysis._tracking.wrapper import TrackState, track
 
 __all__ = [
     "AdamGStar",

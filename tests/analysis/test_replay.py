@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import spherical_optax as so
-from spherical_optax.analysis._replay import replay
+from spherical_optax.analysis._tracking.updates_from_state import replay
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import spherical_optax as so
-from spherical_optax._spheres import named_leaves
+from spherical_optax._core.paths import named_leaves
 
 from .zoo import FAMILIES
 

@@ -1,0 +1,185 @@
+"""Which coordinates form one sphere. The only module that knows axes, blocks and ties."""
+
+import dataclasses
+import inspect
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax._core.groups import Groups, Leaf
+from spherical_optax._core.paths import Path, listing, named_leaves
+from spherical_optax._core.sphere import Sphere, Spheres
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, Sphere)
+
+
+def spheres_where(
+    params: Any, pattern: str | Callable[..., bool], sphere: Sphere = Sphere()
+) -> Spheres:
+    r"""Puts the leaves whose path matches on spheres, and no others.
+
+    Args:
+      params: the parameters.
+      pattern: a regular expression, searched in paths like `"Block_0/Conv_1/kernel"`, or a predicate
+        of the path (of path and leaf, if it takes two arguments).
+      sphere: what the leaves that match get.
+
+    Returns:
+      A tree shaped like `params` with `sphere` where the path matches and None elsewhere.
+
+    Raises:
+      ValueError: if no leaf matches (the message lists the paths), or `sphere` does not fit a leaf.
+
+    >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.zeros(8)}}
+    >>> spheres_where(params, r"Conv_\d+/kernel")
+    {'Conv_0': {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}}
+    """
+    if not isinstance(sphere, Sphere):
+        raise ValueError(f"spheres_where: sphere is {sphere!r}, not a Sphere")
+    leaves, treedef = named_leaves(params, lambda x: x is None)
+    if not callable(pattern):
+        regex = re.compile(pattern)
+        chosen = [bool(regex.search("/".join(path))) for path, _ in leaves]
+    elif _arity(pattern) == 2:
+        chosen = [bool(pattern("/".join(path), leaf)) for path, leaf in leaves]
+    else:
+        chosen = [bool(pattern("/".join(path))) for path, _ in leaves]
+    specs = [
+        sphere if take and leaf is not None else None
+        for take, (_, leaf) in zip(chosen, leaves, strict=True)
+    ]
+    if not any(specs):
+        raise ValueError(
+            f"spheres_where: {pattern!r} matches no parameter; the paths are: "
+            f"{listing(path for path, _ in leaves) or 'none, there are no parameters'}"
+        )
+    spheres = jax.tree.unflatten(treedef, specs)
+    match(spheres, params)
+    return spheres
+
+
+def _arity(function: Callable[..., bool]) -> int:
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+
+
+def match(spheres: Spheres, tree: Any) -> Groups:
+    """Matches a `spheres` argument with a tree, by path, and checks every spec against its leaf.
+
+    By path and not by container, so that a dict of spheres serves a FrozenDict, an `nnx.State` or a
+    dataclass with the same names. What `optax.masked` and Equinox leave out of `tree` may be left in
+    `spheres`.
+
+    Raises:
+      ValueError: naming path, shape and spec, if structure, axes, blocks or ties do not fit.
+    """
+    if isinstance(spheres, Groups):
+        return spheres
+    leaves, treedef = named_leaves(tree, lambda x: x is None)
+    chosen = assigned(spheres, tree)
+    split = [
+        None if (spec := chosen[path]) is None else _leaf("/".join(path), spec, leaf)
+        for path, leaf in leaves
+    ]
+    return Groups(treedef, *_tied(chosen, split))
+
+
+def assigned(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
+    """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
+    if spheres is Sphere:
+        raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
+    # An Equinox module is callable too, but no leaf.
+    if callable(spheres) and jax.tree_util.all_leaves([spheres]):
+        spheres = spheres(tree)
+    leaves, _ = named_leaves(tree, lambda x: x is None)
+    if all(leaf is None for _, leaf in leaves):  # nothing there, or a placeholder of optax's
+        return {path: None for path, _ in leaves}
+    specs = dict(named_leaves(spheres, _is_spec)[0])
+    for path, spec in specs.items():
+        if not _is_spec(spec):
+            where = repr("/".join(path)) if path else "the whole tree"
+            raise ValueError(f"spheres: {where} is {reprlib.repr(spec)}, neither a Sphere nor None")
+    chosen: dict[Path, Sphere | None] = {}
+    used: set[Path] = set()
+    for path, leaf in leaves:
+        where = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
+        if where is not None:
+            used.add(where)
+        elif leaf is not None:
+            raise ValueError(
+                f"spheres: no entry for the parameter {'/'.join(path)!r} of shape "
+                f"{jnp.shape(leaf)}; the entries are {listing(specs)}. Give every parameter, or a "
+                "node above it, a Sphere or None"
+            )
+        chosen[path] = None if where is None or leaf is None else specs[where]
+    if extra := [path for path in specs if path not in used]:
+        _check_holes(specs, extra, tree, chosen)
+    return chosen
+
+
+def _leaf(where: str, sphere: Sphere, array: Any) -> Leaf:
+    shape, ndim = jnp.shape(array), jnp.ndim(array)
+    what = f"{sphere} does not fit the parameter {where!r} of shape {shape}"
+    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+        raise ValueError(f"{what}: it is {jnp.result_type(array)}, not real; give it None")
+    for axis in sphere.index_axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"{what}: axis {axis} is out of range for {ndim} dimensions")
+    axes = tuple(axis % ndim for axis in sphere.index_axes)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{what}: index_axes name an axis twice")
+    counts = tuple(shape[axis] for axis in axes)
+    if sphere.blocks is not None:
+        if counts[-1] % sphere.blocks:
+            raise ValueError(
+                f"{what}: {sphere.blocks} blocks do not divide axis {sphere.index_axes[-1]} of "
+                f"length {counts[-1]}; give a divisor of it"
+            )
+        counts = (*counts[:-1], sphere.blocks)
+    size = math.prod(shape) // max(math.prod(counts), 1)
+    return Leaf(shape, axes, counts, size)
+
+
+def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: Any) -> None:
+    """Specs that met no parameter must be where the tree has a None, a MaskedNode or nothing."""
+
+    def is_hole(x: Any) -> bool:
+        return not jax.tree.leaves(x)
+
+    holes = [path for path, x in named_leaves(tree, is_hole)[0] if is_hole(x)]
+    for path in extra:
+        if not any(path[: len(hole)] == hole or hole[: len(path)] == path for hole in holes):
+            raise ValueError(
+                f"spheres: {specs[path]} at {'/'.join(path)!r}, where there is no parameter; the "
+                f"parameters are {listing(paths)}"
+            )
+
+
+def _tied(
+    chosen: dict[Path, Sphere | None], leaves: list[Leaf | None]
+) -> tuple[list[Leaf | None], list[list[int]]]:
+    """Finds the ties, and gives their leaves the number of coordinates of the whole group."""
+    ties: dict[str, list[tuple[int, Leaf, str]]] = {}
+    for i, ((path, sphere), leaf) in enumerate(zip(chosen.items(), leaves, strict=True)):
+        if leaf is not None and sphere is not None and sphere.tie is not None:
+            what = f"{'/'.join(path)!r} of shape {leaf.shape} with {sphere} has {leaf.counts}"
+            ties.setdefault(sphere.tie, []).append((i, leaf, what))
+    leaves = list(leaves)
+    for tied in ties.values():
+        if len({leaf.counts for _, leaf, _ in tied}) > 1:
+            raise ValueError(
+                "tied leaves must split into the same groups, but "
+                + "; ".join(what for _, _, what in tied)
+                + ". Choose index_axes and blocks that agree, or another tie"
+            )
+        size = sum(leaf.size for _, leaf, _ in tied)
+        for i, leaf, _ in tied:
+            leaves[i] = dataclasses.replace(leaf, size=size)
+    return leaves, [[i for i, _, _ in tied] for tied in ties.values() if len(tied) > 1]

@@ -1,0 +1,74 @@
+"""Element-wise arithmetic on trees, in Optax's order of operations.
+
+A None among the updates is what Equinox leaves out of the gradient: it stays None, and the state of
+its parameter stays as it is.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax._core.arguments import given
+
+
+def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
+    """gain * updates + decay * moment in Optax's order of operations; no update, no change."""
+
+    def mix(g, m):
+        if g is None:
+            return m
+        g, m = jnp.asarray(g), jnp.asarray(m)
+        dtype = g.dtype if g.dtype.itemsize >= m.dtype.itemsize else m.dtype
+        kept = (scalar(decay, m.dtype) * m).astype(dtype)
+        return (scalar(gain, g.dtype) * g).astype(dtype) + kept
+
+    return jax.tree.map(mix, updates, moment, is_leaf=lambda x: x is None)
+
+
+@functools.partial(jax.jit, inline=True)
+def debias(moment: Any, decay: Any, count: Any) -> Any:
+    """m / (1 - decay^count), as `optax.tree.bias_correction` but for strict dtype promotion."""
+    dtype = jnp.result_type(float)
+    correction = 1 - scalar(decay, dtype) ** count.astype(dtype)
+    return jax.tree.map(lambda m: m / correction.astype(m.dtype), moment)
+
+
+def abs_squared(x: Any) -> jax.Array:
+    """|x|^2, which is real for complex numbers too."""
+    return jnp.real(x * jnp.conj(x))
+
+
+def scalar(value: Any, dtype: Any) -> Any:
+    """A hyper-parameter for arrays of this dtype: Python numbers are weakly typed already."""
+    return value if type(value) in (int, float) else jnp.asarray(value, dtype)
+
+
+def decayed(updates: Any, params: Any, l2: Any) -> Any:
+    if l2 is None:
+        return updates
+    return jax.tree.map(
+        lambda g, x: None if g is None else g + scalar(l2, jnp.result_type(x)) * x,
+        updates,
+        given(params),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def output(updates: Any, values: Any) -> Any:
+    """`values`, where there are updates: Equinox leaves out what it does not differentiate."""
+    return jax.tree.map(
+        lambda g, v: None if g is None else v, updates, values, is_leaf=lambda x: x is None
+    )
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    if like is None:
+        return tree
+    return jax.tree.map(
+        lambda x, y: None if x is None else jnp.asarray(x).astype(jnp.result_type(y)),
+        tree,
+        like,
+        is_leaf=lambda x: x is None,
+    )

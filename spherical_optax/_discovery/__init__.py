@@ -1,0 +1,1 @@
+"""Which parameters a function is radially invariant in, found by measurement."""

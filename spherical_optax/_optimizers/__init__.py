@@ -1,0 +1,1 @@
+"""Optimizers: chains of building blocks."""

@@ -1,0 +1,370 @@
+r"""Adam, SGD and what the paper makes of them: chains of building blocks, each one step from Adam.
+
+    adam     quotient(ema(l2),                      rms(l2))                             lr
+    adams    quotient(ema(l2),                      rms(spheres, l2))                    lr
+    adamst   quotient(ema(transport, l2),           rms(spheres, l2))                    lr
+    adamsrt  quotient(ema(transport, rescale, l2),  rms(spheres, rescale, l2))           lr
+    adamg    quotient(ema(transport),               rms(spheres, reduce="sum"))          lr  retract(1)
+    sgd_mrt  add_decayed_weights(l2)  trace(transport, rescale)                          lr
+
+The L2 term is an argument of the moments, as in [8], [19] and [20], and not `add_decayed_weights` in
+front of them: the numbers are the same, but the sum of gradient and L2 term, which both moments need,
+then takes no memory.
+
+Arguments that all have in common:
+
+  learning_rate: number or schedule.
+  spheres: how the leaves split into groups (see `spherical_optax.Sphere`); what is on no sphere, and
+    groups of one coordinate, get plain Adam or SGD with the same hyper-parameters. `adam` and `sgd`
+    take it only so that every variant can be swapped for every other.
+  weight_decay: number or schedule; L2 as in the paper: weight_decay * x is part of the gradient.
+  mu_dtype: dtype of the momentum; None takes the parameters'.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import optax
+
+from spherical_optax._core.sphere import Spheres
+from spherical_optax._core.trees import cast_like
+from spherical_optax._optimizers.adamg_star import adamg_star
+from spherical_optax._transforms.constraints import retract
+from spherical_optax._transforms.momentum import ema, trace
+from spherical_optax._transforms.quotient import quotient
+from spherical_optax._transforms.second_moment import rms
+from spherical_optax._transforms.weight_decay import decay_off
+
+Scalar = optax.ScalarOrSchedule
+Transformation = optax.GradientTransformationExtraArgs
+
+
+def adam(
+    learning_rate: Scalar,
+    spheres: Spheres = None,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """Adam with L2 regularisation inside the gradient, the scheme that the paper analyses.
+
+    x <- x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)               [7]
+    m <- b1 m + (1 - b1) (grad + lambda x),  v <- b2 v + (1 - b2) (grad + lambda x)^2   [8]
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      spheres: not used; there so that the variants can be swapped.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the root.
+      weight_decay: lambda, a number or a schedule.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State per parameter: m and v. The same as
+      `optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(...))`.
+
+    Raises:
+      ValueError: in `update`, if `params` is missing and `weight_decay` is not 0.
+
+    >>> tx = so.adam(0.1, weight_decay=1e-4)
+    >>> params = {"kernel": jnp.ones(3)}
+    >>> updates, state = tx.update({"kernel": jnp.array([1.0, -5.0, 0.2])}, tx.init(params), params)
+    >>> updates
+    {'kernel': Array([-0.1,  0.1, -0.1], dtype=float32)}
+
+    Source: [7-9]; Kingma and Ba, "Adam: a method for stochastic optimization" (2015).
+    """
+    del spheres
+    a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+
+
+def adams(
+    learning_rate: Scalar,
+    spheres: Spheres,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """Adam w/o (a): one second moment per sphere, so that the gradient is not deformed.
+
+    v <- b2 v + (1 - b2) ||grad + lambda x||^2 / d, the rest as in `adam`.
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      spheres: how the leaves split into groups; the rest gets `adam`.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the root.
+      weight_decay: lambda, a number or a schedule.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State: m, and one number per group.
+
+    Raises:
+      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing and
+        `weight_decay` is not 0.
+
+    >>> tx = so.adams(0.1, so.Sphere())
+    >>> params = {"kernel": jnp.ones((2, 1))}
+    >>> updates, state = tx.update({"kernel": jnp.array([[3.0], [4.0]])}, tx.init(params), params)
+    >>> updates  # parallel to the gradient
+    {'kernel': Array([[-0.085],
+           [-0.113]], dtype=float32)}
+
+    Source: section 4.2 of the paper; "AdamS" in the authors' released code.
+    """
+    a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, spheres, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+
+
+def adamst(
+    learning_rate: Scalar,
+    spheres: Spheres,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """Adam w/o (ab): `adams` with the momentum transported along the sphere.
+
+    m <- b1 Gamma(m) + (1 - b1) (grad + lambda x), Gamma from the last point to this one.
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      spheres: how the leaves split into groups; the rest gets `adam`.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the root.
+      weight_decay: lambda, a number or a schedule.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State: m, and two numbers per group.
+
+    Raises:
+      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
+
+    >>> tx = so.adamst(0.1, so.Sphere())
+    >>> params = {"kernel": jnp.ones((2, 1))}
+    >>> updates, state = tx.update({"kernel": jnp.array([[3.0], [4.0]])}, tx.init(params), params)
+    >>> updates["kernel"].shape
+    (2, 1)
+
+    Source: section 4.2 of the paper; the radial part of m is dropped by the transport.
+    """
+    a = ema(b1, spheres, transport=True, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, spheres, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+
+
+def adamsrt(
+    learning_rate: Scalar,
+    spheres: Spheres,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """Adam w/o (abc): `adamst` with the moments rescaled by the ratio of the radii.
+
+    x <- x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)                          [18]
+    m_k = b1 (r_{k-1} / r_k) Gamma(m_{k-1}) + (1 - b1) (grad + lambda x)                [19]
+    v_k = b2 (r_{k-1} / r_k)^2 v_{k-1} + (1 - b2) ||grad + lambda x||^2 / d             [20]
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      spheres: how the leaves split into groups; the rest gets `adam`.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the root.
+      weight_decay: lambda, a number or a schedule.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State: m, and one number per group: half of Adam's.
+
+    Raises:
+      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
+
+    >>> tx = so.adamsrt(0.1, so.Sphere())
+    >>> params = {"kernel": jnp.ones((2, 1))}
+    >>> updates, state = tx.update({"kernel": jnp.array([[3.0], [4.0]])}, tx.init(params), params)
+    >>> updates["kernel"].shape
+    (2, 1)
+
+    Source: [18-20]; the radial part of m is dropped, as in the authors' released code ("AdamSRT").
+    """
+    a = ema(
+        b1,
+        spheres,
+        transport=True,
+        rescale=True,
+        weight_decay=weight_decay,
+        accumulator_dtype=mu_dtype,
+    )
+    b = rms(b2, eps, spheres, rescale=True, weight_decay=weight_decay)
+    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+
+
+def adamg(
+    learning_rate: Scalar,
+    spheres: Spheres,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """AdamG: Adam on the unit sphere, with transported momentum and one second moment per group.
+
+    y = x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),  x <- y / ||y||
+    m <- b1 Gamma(m) + (1 - b1) grad,  v <- b2 v + (1 - b2) ||grad||^2, not divided by d
+
+    Args:
+      learning_rate: eta, a number or a schedule: the step in radians, so larger than Adam's.
+      spheres: how the leaves split into groups, all of which land on unit spheres at the first step.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the root.
+      weight_decay: lambda, a number or a schedule; only off the spheres, on which it is radial.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State: m, and two numbers per group.
+
+    Raises:
+      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
+
+    >>> tx = so.adamg(0.1, so.Sphere())
+    >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
+    >>> updates, state = tx.update({"kernel": jnp.array([[0.0], [7.0]])}, tx.init(params), params)
+    >>> so.geometry.norm(optax.apply_updates(params, updates), so.Sphere())
+    {'kernel': Array([[1.]], dtype=float32)}
+
+    Source: Cho and Lee, "Riemannian approach to batch normalization" (2017), as in section 4.1.
+    """
+    a = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
+    b = rms(b2, eps, spheres, reduce="sum")
+    return optax.chain(
+        decay_off(spheres, weight_decay),
+        quotient(a, b),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(spheres, 1.0),
+    )
+
+
+def sgd(
+    learning_rate: Scalar,
+    spheres: Spheres = None,
+    momentum: jax.typing.ArrayLike | None = None,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """SGD with L2 regularisation and heavy-ball momentum.
+
+    x <- x - eta m [5],  m <- momentum m + grad + lambda x [6]
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      spheres: not used; there so that the variants can be swapped.
+      momentum: decay of m; None keeps no m at all.
+      weight_decay: lambda, a number or a schedule.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State per parameter: m, or nothing.
+
+    Raises:
+      ValueError: in `update`, if `params` is missing.
+
+    >>> tx = so.sgd(0.1, momentum=0.9, weight_decay=0.5)
+    >>> params = {"kernel": jnp.array([2.0])}
+    >>> tx.update({"kernel": jnp.array([1.0])}, tx.init(params), params)[0]
+    {'kernel': Array([-0.2], dtype=float32)}
+
+    Source: [5] and [6].
+    """
+    del spheres
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.stateless(cast_like)
+        if momentum is None
+        else trace(momentum, accumulator_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sgd_mrt(
+    learning_rate: Scalar,
+    spheres: Spheres,
+    momentum: jax.typing.ArrayLike = 0.9,
+    *,
+    weight_decay: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+) -> Transformation:
+    """SGD-MRT: SGD with momentum that is transported and rescaled by the ratio of the radii.
+
+    m_k = momentum (r_{k-1} / r_k) Gamma(m_{k-1}) + grad + lambda x: [6] with the carry of [19]
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      spheres: how the leaves split into groups; the rest gets `sgd`.
+      momentum: decay of m.
+      weight_decay: lambda, a number or a schedule.
+      mu_dtype: dtype of m; None takes the parameters'.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. State: m.
+
+    Raises:
+      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
+
+    >>> tx = so.sgd_mrt(0.1, so.Sphere())
+    >>> params = {"kernel": jnp.ones((2, 1))}
+    >>> updates, state = tx.update({"kernel": jnp.array([[3.0], [4.0]])}, tx.init(params), params)
+    >>> updates
+    {'kernel': Array([[-0.3],
+           [-0.4]], dtype=float32)}
+
+    Source: appendix D of the paper; the radial part of m is dropped, as in the released code.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        trace(momentum, spheres, transport=True, rescale=True, accumulator_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+#: The paper's names (and those of its released code) for the functions of this module.
+VARIANTS = {
+    "Adam": adam,
+    "AdamG": adamg,
+    "AdamG*": adamg_star,
+    "Adam w/o (a)": adams,
+    "Adam w/o (ab)": adamst,
+    "Adam w/o (abc)": adamsrt,
+    "AdamS": adams,
+    "AdamST": adamst,
+    "AdamSRT": adamsrt,
+    "SGD": sgd,
+    "SGD-M": functools.partial(sgd, momentum=0.9),
+    "SGD-MRT": sgd_mrt,
+}

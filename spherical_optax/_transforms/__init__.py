@@ -1,0 +1,1 @@
+"""Building blocks, each of them an Optax transformation."""

@@ -1,0 +1,58 @@
+"""The scheme a / b of the paper [3]."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+from spherical_optax._core.arguments import is_transformation
+from spherical_optax._core.safe_math import divide
+from spherical_optax._transforms.inner_products import Products, shares
+
+
+class QuotientState(NamedTuple):
+    """State of `quotient`."""
+
+    a: optax.OptState
+    b: optax.OptState
+
+
+def quotient(
+    a: optax.GradientTransformation, b: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    r"""Feeds both with the same updates and divides what comes out: a / b element-wise [3].
+
+    Where b is 0 the quotient is 0: a parameter that never had a gradient stays, whatever the eps.
+
+    Args:
+      a: the numerator, e.g. `so.ema(0.9)`.
+      b: the denominator, e.g. `so.rms(0.999)`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with the states of both.
+
+    Raises:
+      ValueError: if `a` or `b` is no transformation, and what they raise.
+
+    >>> tx = so.quotient(so.ema(0.9), so.rms(0.999))  # optax.scale_by_adam()
+    >>> g = {"kernel": jnp.array([-2.0, 0.0, 5.0])}
+    >>> tx.update(g, tx.init(g), g)[0]
+    {'kernel': Array([-1.,  0.,  1.], dtype=float32)}
+
+    Source: the generic scheme, [3] and [4].
+    """
+    a, b = (optax.with_extra_args_support(is_transformation("quotient", tx)) for tx in (a, b))
+    share = shares(a) and shares(b)
+
+    def init(params):
+        return QuotientState(a.init(params), b.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        if share:
+            extra_args |= {"inner_products": Products()}
+        top, a_state = a.update(updates, state.a, params, **extra_args)
+        bottom, b_state = b.update(updates, state.b, params, **extra_args)
+        updates = jax.tree.map(divide, top, bottom)
+        return updates, QuotientState(a_state, b_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,80 @@
+"""Where the effective direction comes from: past gradients and past L2 terms [16-17]."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax import geometry
+from spherical_optax._core.matching import match
+from spherical_optax._core.safe_math import ratio
+from spherical_optax._core.sphere import Spheres
+from spherical_optax._core.trees import scalar
+
+
+class MomentumParts(NamedTuple):
+    """c = (c_grad + lambda r^2 c_l2) / (b / (d^{-1/2} ||b||)): trees like the parameters."""
+
+    c_grad: Any
+    c_l2: Any
+
+
+def decompose_momentum(
+    params: Sequence[Any], grads: Sequence[Any], decay: jax.typing.ArrayLike, spheres: Spheres
+) -> MomentumParts:
+    r"""Splits r a, the momentum on the sphere, into past gradients and past L2 terms.
+
+    c_grad = grad L(u_k) + sum_{i<k} beta^{k-i} (r_k / r_i) grad L(u_i)                     [17]
+    c_l2   = u_k         + sum_{i<k} beta^{k-i} (r_i / r_k) u_i
+
+    so that r_k a_k = c_grad + lambda r_k^2 c_l2 for a_k = beta a_{k-1} + grad L(x_k) + lambda x_k [4].
+
+    Args:
+      params: x_0, ..., x_k: a sequence of trees, the oldest first.
+      grads: grad L(x_0), ..., grad L(x_k), without the L2 terms.
+      decay: beta (b1 of Adam, the momentum of SGD-M).
+      spheres: how the leaves split into groups.
+
+    Returns:
+      `MomentumParts`, trees like x_k. Off the spheres, with every radius read as 1, the sums of
+      beta^{k-i} grad L(x_i) and of beta^{k-i} x_i.
+
+    Raises:
+      ValueError: if there are no sequences, if they are empty or differ in length, or `spheres` does
+        not fit.
+
+    >>> x = [{"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [2.0]])}]
+    >>> g = [{"w": jnp.array([[0.0], [3.0]])}, {"w": jnp.array([[1.0], [0.0]])}]
+    >>> so.analysis.decompose_momentum(x, g, 0.5, so.Sphere()).c_grad
+    {'w': Array([[2.],
+           [3.]], dtype=float32)}
+
+    Source: [16-17] and appendix D.1.
+    """
+    if not all(isinstance(trees, Sequence) for trees in (params, grads)):
+        raise ValueError(
+            "decompose_momentum: give lists of trees, one of each per step, oldest first"
+        )
+    if not params or len(params) != len(grads):
+        raise ValueError(
+            f"decompose_momentum: {len(params)} points and {len(grads)} gradients; "
+            "give one of each per step, at least one"
+        )
+    groups = match(spheres, params[-1])
+    radius = geometry.norm(params[-1], groups)
+    past_grads, past_points = grads[0], params[0]
+    for x, g in zip(params[1:], grads[1:], strict=True):
+        past_grads, past_points = (
+            jax.tree.map(lambda p, n: scalar(decay, jnp.result_type(p)) * p + n, past, now)
+            for past, now in ((past_grads, g), (past_points, x))
+        )
+    # grad L(u_i) = r_i grad L(x_i), so only the last radius is left in the sums.
+    return MomentumParts(
+        geometry.scale(past_grads, radius, groups),
+        geometry.scale(
+            past_points,
+            groups.scalars(lambda r: ratio(1.0, r, otherwise=0.0), radius),
+            groups,
+        ),
+    )

@@ -1,0 +1,220 @@
+"""What one step does on the sphere: from its a and b (Theorem 2), or measured from any update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax import geometry
+from spherical_optax._core.arguments import not_schedule
+from spherical_optax._core.groups import Groups
+from spherical_optax._core.matching import match
+from spherical_optax._core.safe_math import divide, ratio, sqrt
+from spherical_optax._core.sphere import Spheres
+
+
+class ImageStep(NamedTuple):
+    """A step seen on the spheres: trees like the parameters, or group-sized (None off the spheres)."""
+
+    effective_lr: Any  # eta^e, group-sized
+    direction: Any  # c_perp, tangent at u; off the spheres a / b
+    angle: Any  # moved by the direction, group-sized, radians
+    radius: Any  # ||x||, group-sized
+    next_radius: Any  # of x - eta a / b, group-sized
+    next_direction: Any  # of x - eta a / b, on the unit spheres; off the spheres that point itself
+
+
+class MeasuredStep(NamedTuple):
+    """What an update alone tells: trees like the parameters, or group-sized (None off the spheres)."""
+
+    angle: Any  # moved by the direction, group-sized, radians
+    tan_angle: Any  # eta^e ||c_perp||, group-sized; infinite for a right angle, negative beyond it
+    velocity: Any  # -eta^e c_perp, known only as a product (0 at a right angle)
+    radius: Any  # ||x||, group-sized
+    next_radius: Any  # ||x + q||, group-sized
+    radius_ratio: Any  # ||x + q|| / ||x||, group-sized; 1 where x is zero
+    radial_cosine: Any  # <q, u> / ||q||, group-sized
+    next_direction: Any  # of x + q, on the unit spheres; off the spheres that point itself
+
+
+def image_step(
+    params: Any, a: Any, b: Any, learning_rate: jax.typing.ArrayLike, spheres: Spheres
+) -> ImageStep:
+    r"""The image on the unit spheres of the step x - eta a / b: Theorem 2.
+
+    c = r a / (b / (d^{-1/2} ||b||)),   A = eta / (r^2 d^{-1/2} ||b||)
+    eta^e = A / (1 - A <c, u>)                                                            [11]
+    u' = (u - eta^e c_perp) / sqrt(1 + (eta^e ||c_perp||)^2)                              [12]
+    r' = r (1 - A <c, u>) sqrt(1 + (eta^e ||c_perp||)^2)                                  [14]
+    angle = arctan(eta^e ||c_perp||)
+
+    [12] and [14] are exact. The theorem asks for 1 - A <c, u> > 0; for a step so long that it is not,
+    `angle`, `next_radius` and `next_direction` are still those of x - eta a / b.
+
+    Args:
+      params: x, tree of arrays.
+      a: the numerator of the step, tree like `params`, or a number.
+      b: the denominator, likewise; 1 for SGD. Where it is 0 the step is 0, as in `so.quotient`.
+      learning_rate: eta.
+      spheres: how the leaves split into groups.
+
+    Returns:
+      An `ImageStep`. Groups of radius 0 are nowhere on the sphere: effective rate, direction and angle
+      are 0 there.
+
+    Raises:
+      ValueError: if `spheres` does not fit `params`, or if the learning rate is a schedule.
+
+    >>> x, g = {"w": jnp.array([[2.0], [0.0]])}, {"w": jnp.array([[0.0], [4.0]])}
+    >>> step = so.analysis.image_step(x, g, 1.0, 0.5, so.Sphere())
+    >>> step.effective_lr  # that of SGD: eta / r^2
+    {'w': Array([[0.125]], dtype=float32)}
+    >>> step.next_radius, step.angle
+    ({'w': Array([[2.828]], dtype=float32)}, {'w': Array([[0.785]], dtype=float32)})
+
+    Source: Theorem 2, [10-14].
+    """
+    groups = match(spheres, params)
+    a, b = _like(a, params), _like(b, params)
+    radius = geometry.norm(params, groups)
+    rms = groups.scalars(sqrt, groups.mean(geometry.dot(b, b, groups)))
+    # c without its factor r d^{-1/2} ||b||, which `along` and `across` below put together with A.
+    quotient = groups.map(lambda _, a, b: divide(a, b), params, a, b, off=_quotient)
+    tangent = geometry.project(params, quotient, groups)
+    radial = groups.scalars(
+        lambda q, r: ratio(q, r * r, otherwise=0.0),
+        geometry.dot(quotient, params, groups),
+        radius,
+    )
+    eta = jnp.asarray(not_schedule("image_step", learning_rate))
+
+    def scaled(x: jax.Array) -> jax.Array:
+        return eta.astype(x.dtype) * x
+
+    along = groups.scalars(lambda q: 1 - scaled(q), radial)  # 1 - A <c, u>
+    across = groups.scalars(
+        lambda t, r: scaled(ratio(t, r, otherwise=0.0)),
+        geometry.norm(tangent, groups),
+        radius,
+    )  # A ||c_perp||
+    rate = groups.scalars(
+        lambda r, b, q: over(scaled(ratio(1.0, r * r * b, otherwise=0.0)), q),
+        radius,
+        rms,
+        along,
+    )
+    direction = geometry.scale(tangent, groups.scalars(lambda r, b: r * b, radius, rms), groups)
+    following = groups.map(
+        lambda x, t: x - scaled(t), params, quotient, off=lambda x, t: x - _cast(scaled(t), x)
+    )
+    return ImageStep(
+        rate,
+        direction,
+        groups.scalars(jnp.arctan2, across, along),
+        radius,
+        _next_radius(following, along, across, radius, groups),
+        geometry.direction(following, groups),
+    )
+
+
+def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
+    r"""What an update does on the spheres, whatever made it: no a, no b, no learning rate needed.
+
+    With q the update, x + q = r ((1 + <q, u> / r) u + q_perp / r), hence
+
+    eta^e ||c_perp|| = tan(angle) = ||q_perp|| / (r + <q, u>)
+    r' / r = hypot(1 + <q, u> / r, ||q_perp|| / r)
+
+    which are [12] and [14] with the radial and the tangential part of the step measured.
+
+    Args:
+      params: x, before the update.
+      updates: q, tree like `params`: what `optax.apply_updates` would add.
+      spheres: how the leaves split into groups.
+
+    Returns:
+      A `MeasuredStep`. Groups of radius 0 are nowhere on the sphere: their angle is 0.
+
+    Raises:
+      ValueError: if `spheres` does not fit `params`.
+
+    >>> x, q = {"w": jnp.array([[2.0], [0.0]])}, {"w": jnp.array([[0.0], [-2.0]])}
+    >>> step = so.analysis.measure_step(x, q, so.Sphere())
+    >>> step.angle, step.radius_ratio
+    ({'w': Array([[0.785]], dtype=float32)}, {'w': Array([[1.414]], dtype=float32)})
+
+    Source: Theorem 2, [12] and [14].
+    """
+    groups = match(spheres, params)
+    radius = geometry.norm(params, groups)
+    tangent = geometry.project(params, updates, groups)
+    radial = geometry.dot(updates, params, groups)
+    along = groups.scalars(lambda qx, r: 1 + ratio(qx, r * r, otherwise=0.0), radial, radius)
+    across = groups.scalars(
+        lambda t, r: ratio(t, r, otherwise=0.0), geometry.norm(tangent, groups), radius
+    )
+    following = groups.map(
+        lambda x, q: x + q, params, updates, off=lambda x, q: x if q is None else x + _cast(q, x)
+    )
+    next_radius = _next_radius(following, along, across, radius, groups)
+    return MeasuredStep(
+        groups.scalars(jnp.arctan2, across, along),
+        groups.scalars(over, across, along),
+        geometry.scale(
+            tangent,
+            groups.scalars(_per_radius, radius, along),
+            groups,
+        ),
+        radius,
+        next_radius,
+        groups.scalars(ratio, next_radius, radius),
+        radial_cosine(radial, radius, geometry.norm(updates, groups), groups),
+        geometry.direction(following, groups),
+    )
+
+
+def _per_radius(r: jax.Array, along: jax.Array) -> jax.Array:
+    there = (r > 0) & (along != 0)
+    return jnp.where(there, 1 / jnp.where(there, r * along, 1.0), 0.0)
+
+
+def radial_cosine(radial: Any, radius: Any, length: Any, groups: Groups) -> Any:
+    """<q, x> / (||q|| ||x||), and 0 where there is no angle."""
+
+    def cosine(qx: jax.Array, r: jax.Array, q: jax.Array) -> jax.Array:
+        found = ratio(ratio(qx, r, otherwise=0.0), q, otherwise=0.0)
+        return jnp.where(jnp.isnan(q), q, jnp.clip(found, -1, 1))
+
+    return groups.scalars(cosine, radial, radius, length)
+
+
+def _next_radius(following: Any, along: Any, across: Any, radius: Any, groups: Groups) -> Any:
+    """[14], and the length of the step itself for groups that were zero."""
+    return groups.scalars(
+        lambda n, q, t, r: jnp.where(r > 0, r * jnp.hypot(q, t), n),
+        geometry.norm(following, groups),
+        along,
+        across,
+        radius,
+    )
+
+
+def _like(tree: Any, params: Any) -> Any:
+    """A number for the whole tree, as a tree."""
+    if jax.tree_util.all_leaves([tree]) and jnp.ndim(tree) == 0 and tree is not None:
+        return jax.tree.map(lambda x: jnp.full_like(x, tree), params)
+    return tree
+
+
+def _quotient(x: Any, a: Any, b: Any) -> Any:
+    return None if a is None else divide(_cast(a, x), _cast(b, x))
+
+
+def _cast(x: Any, like: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.result_type(like))
+
+
+def over(a: Any, b: jax.Array) -> jax.Array:
+    """a / b, infinite where b is 0, but 0 where both are."""
+    there = b != 0
+    return jnp.where(there, a / jnp.where(there, b, 1.0), jnp.where(a == 0, 0.0, jnp.inf))

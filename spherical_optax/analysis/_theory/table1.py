@@ -1,0 +1,180 @@
+"""Table 1 of the paper: effective learning rate and direction of the schemes, in closed form."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax import geometry
+from spherical_optax._core.groups import Groups
+from spherical_optax._core.matching import match
+from spherical_optax._core.safe_math import ratio, sqrt
+from spherical_optax._core.sphere import Spheres
+from spherical_optax._core.trees import scalar
+
+
+class EffectiveStep(NamedTuple):
+    """A row of Table 1."""
+
+    effective_lr: Any  # eta^e, group-sized
+    direction: Any  # c_perp, a tree like the parameters
+
+
+def effective_sgd(
+    params: Any,
+    grads: Any,
+    learning_rate: jax.typing.ArrayLike,
+    spheres: Spheres,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+) -> EffectiveStep:
+    r"""SGD with L2: eta^e = eta / (r^2 (1 - eta lambda)), direction grad L(u) = r grad L(x).
+
+    The rows "SGD" and "SGD + L2" of Table 1. They take the gradient to be tangential (Lemma 1).
+
+    Args:
+      params: x, tree of arrays.
+      grads: grad L(x), tree like `params`, without the L2 term.
+      learning_rate: eta.
+      spheres: how the leaves split into groups.
+      weight_decay: lambda of the L2 term.
+
+    Returns:
+      An `EffectiveStep`; where the radius is 0 the rate is 0.
+
+    Raises:
+      ValueError: if `spheres` does not fit `params`.
+
+    >>> x, g = {"w": jnp.array([[2.0], [0.0]])}, {"w": jnp.array([[0.0], [3.0]])}
+    >>> so.analysis.effective_sgd(x, g, 0.5, so.Sphere(), weight_decay=0.4).effective_lr
+    {'w': Array([[0.156]], dtype=float32)}
+
+    Source: Table 1.
+    """
+    groups = match(spheres, params)
+    radius = geometry.norm(params, groups)
+    shrink = 1 - jnp.asarray(learning_rate) * jnp.asarray(weight_decay)
+    rate = groups.scalars(
+        lambda r: _per(scalar(learning_rate, r.dtype), r * r * scalar(shrink, r.dtype)), radius
+    )
+    return EffectiveStep(rate, geometry.scale(grads, radius, groups))
+
+
+def effective_sgd_momentum(
+    params: Any, momentum: Any, learning_rate: jax.typing.ArrayLike, spheres: Spheres
+) -> EffectiveStep:
+    r"""SGD-M: eta^e = (eta / r^2) / (1 - eta <c, u> / r^2) with c = r m, direction c_perp.
+
+    Args:
+      params: x, tree of arrays.
+      momentum: m of this step [6], tree like `params`: the `trace` after `optax.sgd`'s update, with the
+        L2 terms in it if there are any.
+      learning_rate: eta.
+      spheres: how the leaves split into groups.
+
+    Returns:
+      An `EffectiveStep`; where the radius is 0 the rate is 0.
+
+    Raises:
+      ValueError: if `spheres` does not fit `params`.
+
+    >>> x, m = {"w": jnp.array([[2.0], [0.0]])}, {"w": jnp.array([[1.0], [3.0]])}
+    >>> so.analysis.effective_sgd_momentum(x, m, 0.5, so.Sphere()).effective_lr
+    {'w': Array([[0.167]], dtype=float32)}
+
+    Source: Table 1.
+    """
+    groups = match(spheres, params)
+    radius = geometry.norm(params, groups)
+    return _momentum(params, momentum, radius, learning_rate, groups)
+
+
+def effective_adam(
+    params: Any,
+    mu: Any,
+    nu: Any,
+    count: jax.typing.ArrayLike,
+    learning_rate: jax.typing.ArrayLike,
+    spheres: Spheres,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> EffectiveStep:
+    r"""Adam: eta^e = (eta / (r nu)) / (1 - eta <c, u> / (r nu)) with nu = r d^{-1/2} ||b||.
+
+    a = m / (1 - b1),   b = (1 - b1^t) / (1 - b1) (sqrt(v / (1 - b2^t)) + eps)              [9]
+    c = r a / (b / (d^{-1/2} ||b||))
+
+    Args:
+      params: x, tree of arrays.
+      mu: first moment m of this step, tree like `params`: that of the state after the update.
+      nu: second moment v of this step, likewise.
+      count: t, steps taken, this one included.
+      learning_rate: eta.
+      spheres: how the leaves split into groups.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added outside the root.
+
+    Returns:
+      An `EffectiveStep`; where the radius is 0 the rate is 0.
+
+    Raises:
+      ValueError: if `spheres` does not fit `params`.
+
+    >>> x = {"w": jnp.array([[2.0], [0.0]])}
+    >>> m, v = {"w": jnp.array([[0.0], [0.1]])}, {"w": jnp.array([[0.001], [0.001]])}
+    >>> so.analysis.effective_adam(x, m, v, 1, 0.5, so.Sphere()).effective_lr  # b = 1
+    {'w': Array([[0.125]], dtype=float32)}
+
+    Source: Table 1, [9] and [13].
+    """
+    groups = match(spheres, params)
+    radius = geometry.norm(params, groups)
+    dtype = jnp.result_type(float)
+    t, beta1, beta2 = (jnp.asarray(x, dtype) for x in (count, b1, b2))
+    gain, first, second = 1 - beta1, 1 - beta1**t, 1 - beta2**t
+
+    def b_of(v):
+        root = jnp.sqrt(v / second.astype(v.dtype)) + scalar(eps, v.dtype)
+        return (first / gain).astype(v.dtype) * root
+
+    b = groups.map(b_of, nu)
+    rms = groups.scalars(sqrt, groups.mean(geometry.dot(b, b, groups)))
+    # a / (b / rms), so that c is r times it, as in the other schemes.
+    a = groups.map(
+        lambda m, b, rms: m / gain.astype(m.dtype) * ratio(rms, b, otherwise=0.0),
+        mu,
+        b,
+        rms,
+    )
+    return _momentum(params, a, radius, learning_rate, groups, rms)
+
+
+def _momentum(
+    params: Any,
+    a: Any,
+    radius: Any,
+    learning_rate: jax.typing.ArrayLike,
+    groups: Groups,
+    rms: Any = None,
+) -> EffectiveStep:
+    """(eta / (r^2 b)) / (1 - eta <c, u> / (r^2 b)) with c = r a, and c_perp."""
+    if rms is None:
+        rms = groups.scalars(jnp.ones_like, radius)
+
+    def rate(r, b, ax):
+        eta = scalar(learning_rate, r.dtype)
+        return _per(eta, r * r * b - eta * ax)  # <c, u> = <a, x>
+
+    rates = groups.scalars(
+        lambda r, b, ax: jnp.where(r <= 0, 0.0, rate(r, b, ax)),
+        radius,
+        rms,
+        geometry.dot(a, params, groups),
+    )
+    return EffectiveStep(rates, geometry.scale(geometry.project(params, a, groups), radius, groups))
+
+
+def _per(a: Any, b: jax.Array) -> jax.Array:
+    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
