@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.groups import Groups, accurate
+from spherical_optax._core.groups import Groups, upcast
 from spherical_optax._core.matching import match
-from spherical_optax._core.projection import without_radial
+from spherical_optax._core.projection import remove_radial
 from spherical_optax._core.safe_math import ratio, sqrt
 from spherical_optax._core.sphere import Spheres
 
@@ -72,7 +72,7 @@ def norm(x: Any, spheres: Spheres) -> Any:
     Source: section 2.1 of the paper.
     """
     groups = match(spheres, x)
-    return groups.scalars(sqrt, dot(x, x, groups))
+    return groups.map_per_group(sqrt, dot(x, x, groups))
 
 
 def scale(x: Any, factors: Any, spheres: Spheres) -> Any:
@@ -105,7 +105,7 @@ def direction(x: Any, spheres: Spheres) -> Any:
     Source: section 2.1 of the paper.
     """
     groups = match(spheres, x)
-    return scale(x, groups.scalars(lambda r: ratio(1.0, r), norm(x, groups)), groups)
+    return scale(x, groups.map_per_group(lambda r: ratio(1.0, r), norm(x, groups)), groups)
 
 
 def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
@@ -131,7 +131,7 @@ def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
     """
     groups = match(spheres, vectors)
     qx, xx = dot(vectors, point, groups), dot(point, point, groups)
-    return without_radial(point, vectors, qx, xx, groups)
+    return remove_radial(point, vectors, qx, xx, groups)
 
 
 def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
@@ -167,7 +167,7 @@ def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
     both = groups.map(lambda a, b: a + b, u, w)
     tangent = project(u, _float(vectors), groups)
     # <m, w> = <m, u + w> and 1 + <u, w> = ||u + w||^2 / 2, which keeps its digits near the antipode.
-    bend = groups.scalars(
+    bend = groups.map_per_group(
         lambda mw, ss, uu, ww: jnp.where(
             (uu > 0) & (ww > 0), ratio(2 * mw, ss, otherwise=0.0), 0.0
         ),
@@ -203,7 +203,7 @@ def exp(point: Any, velocity: Any, spheres: Spheres) -> Any:
     """
     groups = match(spheres, point)
     length = norm(velocity, groups)
-    sinc = groups.scalars(lambda n: ratio(jnp.sin(n), n), length)
+    sinc = groups.map_per_group(lambda n: ratio(jnp.sin(n), n), length)
     return groups.map(
         lambda u, v, n, s: jnp.cos(n) * u + s * v, point, velocity, length, sinc, off=_straight
     )
@@ -236,7 +236,7 @@ def log(start: Any, end: Any, spheres: Spheres) -> Any:
     groups = match(spheres, start)
     u, w = _unit(start, groups), _unit(end, groups)
     tangent = project(u, w, groups)
-    factor = groups.scalars(ratio, angle(start, end, groups), norm(tangent, groups))
+    factor = groups.map_per_group(ratio, angle(start, end, groups), norm(tangent, groups))
     velocity = scale(tangent, factor, groups)
     return groups.map(lambda _, v, w: v, start, velocity, end, off=lambda x, _, y: y - x)
 
@@ -268,9 +268,9 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
     if radius is None:
         radius = before
     elif jax.tree_util.all_leaves([radius]) and jnp.ndim(radius) == 0:
-        radius = groups.scalars(lambda r: jnp.full_like(r, radius), before)
+        radius = groups.map_per_group(lambda r: jnp.full_like(r, radius), before)
     after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
-    factor = groups.scalars(
+    factor = groups.map_per_group(
         lambda wanted, r, yy: jnp.where((wanted <= 0) | (r <= 0), 1.0, ratio(wanted, sqrt(yy))),
         radius,
         before,
@@ -305,11 +305,11 @@ def angle(start: Any, end: Any, spheres: Spheres) -> Any:
         nowhere = (uu <= 0) | (ww <= 0)
         return jnp.where(nowhere, 0.0, 2 * jnp.arctan2(sqrt(a), jnp.where(nowhere, 1.0, sqrt(b))))
 
-    return groups.scalars(of, apart, along, dot(u, u, groups), dot(w, w, groups))
+    return groups.map_per_group(of, apart, along, dot(u, u, groups), dot(w, w, groups))
 
 
 def _float(x: Any) -> Any:
-    return jax.tree.map(accurate, x)
+    return jax.tree.map(upcast, x)
 
 
 def _unit(x: Any, groups: Groups) -> Any:

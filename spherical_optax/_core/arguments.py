@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 
-def is_transformation(
+def require_transformation(
     caller: str,
     tx: Any,
     wrong: str = "is no optax.GradientTransformation, such as optax.scale_by_adam() or so.ema(0.9)",
@@ -17,7 +17,7 @@ def is_transformation(
     return tx
 
 
-def not_schedule(
+def reject_schedule(
     caller: str, value: Any, instead: str = "give its value at the step, schedule(count)"
 ) -> Any:
     """The value; a schedule has none of its own."""
@@ -26,9 +26,9 @@ def not_schedule(
     return value
 
 
-def decay_rate(caller: str, value: Any) -> Any:
+def require_constant_decay(caller: str, value: Any) -> Any:
     """The rate of decay; no transformation of Optax takes a schedule for it either."""
-    return not_schedule(
+    return reject_schedule(
         caller,
         value,
         "for one of a rate of decay, "
@@ -41,14 +41,14 @@ def is_zero(value: Any) -> bool:
     return type(value) in (int, float) and value == 0
 
 
-def l2_now(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
+def weight_decay_at(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
     """The L2 coefficient of this step; None for a constant zero, which needs no parameters."""
     if is_zero(weight_decay):
         return None
     return weight_decay(count) if callable(weight_decay) else weight_decay
 
 
-def given(params: Any) -> Any:
+def require_params(params: Any) -> Any:
     if params is None:
         raise ValueError(
             "this transformation moves with the parameters: call update(updates, state, params)"

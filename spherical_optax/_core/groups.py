@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ArrayGroups:
     """How one parameter array splits into groups."""
 
     shape: tuple[int, ...]
@@ -30,32 +30,32 @@ class Leaf:
             return x
         axis, blocks = self.axes[-1], self.counts[-1]
         split = (*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
-        return jnp.sum(replicated(x).reshape(split), axis=axis + 1)
+        return jnp.sum(replicate(x).reshape(split), axis=axis + 1)
 
     def spread(self, x: jax.Array) -> jax.Array:
         """Makes what has one entry per group broadcast against the array."""
         if not self.axes or x.shape[self.axes[-1]] == self.shape[self.axes[-1]]:
             return x
         axis = self.axes[-1]
-        return jnp.repeat(replicated(x), self.shape[axis] // x.shape[axis], axis=axis)
+        return jnp.repeat(replicate(x), self.shape[axis] // x.shape[axis], axis=axis)
 
-    def listed(self, x: jax.Array) -> jax.Array:
+    def to_counts(self, x: jax.Array) -> jax.Array:
         """From the keepdims shape to `counts`, which tied leaves have in common."""
         order = sorted(self.axes)
         return jnp.transpose(jnp.squeeze(x, self.summed), [order.index(a) for a in self.axes])
 
-    def unlisted(self, x: jax.Array) -> jax.Array:
+    def from_counts(self, x: jax.Array) -> jax.Array:
         return jnp.expand_dims(
             jnp.transpose(x, [self.axes.index(a) for a in sorted(self.axes)]), self.summed
         )
 
 
-def replicated(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
     """Where shardings are explicit, what is cut or reshaped has to be whole on every device."""
     return jax.reshard(x, PartitionSpec()) if _explicit(x) else x
 
 
-def resharded(x: jax.Array, like: jax.Array) -> jax.Array:
+def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """The way back from `replicated`."""
     return jax.reshard(x, jax.typeof(like).sharding) if _explicit(like) else x
 
@@ -74,10 +74,10 @@ class Groups:
     """
 
     treedef: Any
-    leaves: list[Leaf | None]
+    leaves: list[ArrayGroups | None]
     ties: list[list[int]]  # the indices of the leaves that form their spheres together
 
-    def curved(self) -> "Groups":
+    def with_tangent_space(self) -> "Groups":
         """Without the groups of one coordinate: they have no tangent space, so they go element-wise."""
         leaves = [None if leaf is None or leaf.size < 2 else leaf for leaf in self.leaves]
         return Groups(self.treedef, leaves, [t for t in self.ties if leaves[t[0]] is not None])
@@ -107,16 +107,16 @@ class Groups:
     def sum(self, f: Callable[..., jax.Array], *trees: Any) -> Any:
         """Group-sized sum of f(*leaves) over each group, in at least float32."""
         sums: list[Any] = [
-            None if leaf is None else leaf.sum(f(*map(accurate, arrays)))
+            None if leaf is None else leaf.sum(f(*map(upcast, arrays)))
             for leaf, *arrays in self._columns(trees)
         ]
         for tie in self.ties:
             tied = [(i, leaf) for i in tie if (leaf := self.leaves[i]) is not None]
-            parts = [leaf.listed(sums[i]) for i, leaf in tied]
+            parts = [leaf.to_counts(sums[i]) for i, leaf in tied]
             widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
             total = functools.reduce(operator.add, (part.astype(widest) for part in parts))
             for (i, leaf), part in zip(tied, parts, strict=True):
-                sums[i] = leaf.unlisted(total).astype(part.dtype)
+                sums[i] = leaf.from_counts(total).astype(part.dtype)
         return self._unflatten(sums)
 
     def map(
@@ -131,16 +131,16 @@ class Groups:
         `rest` are trees shaped like `tree` or group-sized. Leaves come back in the dtype of `tree`.
         """
 
-        def one(leaf: Leaf | None, x: Any, *others: Any) -> Any:
+        def one(leaf: ArrayGroups | None, x: Any, *others: Any) -> Any:
             if x is None:
                 return None
             if leaf is None:
                 return off(x, *others)
-            return f(accurate(x), *(leaf.spread(accurate(y)) for y in others)).astype(x.dtype)
+            return f(upcast(x), *(leaf.spread(upcast(y)) for y in others)).astype(x.dtype)
 
         return self._unflatten([one(*column) for column in self._columns((tree, *rest))])
 
-    def scalars(
+    def map_per_group(
         self, f: Callable[..., Any], *trees: Any, off: Callable[..., Any] = lambda *_: None
     ) -> Any:
         """f of group-sized trees, `off` of what they hold off the spheres."""
@@ -159,21 +159,23 @@ class Groups:
         columns = self._columns((on, off))
         return self._unflatten([b if leaf is None else a for leaf, a, b in columns])
 
-    def stored(self, scalars: Any, before: Any = None) -> Any:
+    def as_state(self, scalars: Any, before: Any = None) -> Any:
         """A group-sized tree as optimizer state: a zero off the spheres keeps the tree's structure.
 
         The zeros of the state `before` stay: hundreds of new ones would take time.
         """
         if before is None:
-            return self.scalars(lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32))
-        return self.scalars(lambda s, _: s, scalars, before, off=lambda _, b: b)
+            return self.map_per_group(
+                lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32)
+            )
+        return self.map_per_group(lambda s, _: s, scalars, before, off=lambda _, b: b)
 
     def off(self) -> Any:
         """True on the leaves off the spheres: a mask for `optax.masked`."""
         return self._unflatten([leaf is None for leaf in self.leaves])
 
 
-def accurate(x: Any) -> jax.Array:
+def upcast(x: Any) -> jax.Array:
     """In at least float32: what every reduction of the package accumulates in."""
     x = jnp.asarray(x)
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

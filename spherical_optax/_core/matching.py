@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.groups import Groups, Leaf
-from spherical_optax._core.paths import Path, listing, named_leaves
+from spherical_optax._core.groups import ArrayGroups, Groups
+from spherical_optax._core.paths import Path, join_paths, leaves_with_paths
 from spherical_optax._core.sphere import Sphere, Spheres
 
 
@@ -43,7 +43,7 @@ def spheres_where(
     """
     if not isinstance(sphere, Sphere):
         raise ValueError(f"spheres_where: sphere is {sphere!r}, not a Sphere")
-    leaves, treedef = named_leaves(params, lambda x: x is None)
+    leaves, treedef = leaves_with_paths(params, lambda x: x is None)
     if not callable(pattern):
         regex = re.compile(pattern)
         chosen = [bool(regex.search("/".join(path))) for path, _ in leaves]
@@ -58,7 +58,7 @@ def spheres_where(
     if not any(specs):
         raise ValueError(
             f"spheres_where: {pattern!r} matches no parameter; the paths are: "
-            f"{listing(path for path, _ in leaves) or 'none, there are no parameters'}"
+            f"{join_paths(path for path, _ in leaves) or 'none, there are no parameters'}"
         )
     spheres = jax.tree.unflatten(treedef, specs)
     match(spheres, params)
@@ -82,8 +82,8 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     """
     if isinstance(spheres, Groups):
         return spheres
-    leaves, treedef = named_leaves(tree, lambda x: x is None)
-    chosen = assigned(spheres, tree)
+    leaves, treedef = leaves_with_paths(tree, lambda x: x is None)
+    chosen = assign_specs(spheres, tree)
     split = [
         None if (spec := chosen[path]) is None else _leaf("/".join(path), spec, leaf)
         for path, leaf in leaves
@@ -91,17 +91,17 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     return Groups(treedef, *_tied(chosen, split))
 
 
-def assigned(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
+def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
     if spheres is Sphere:
         raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
     # An Equinox module is callable too, but no leaf.
     if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)
-    leaves, _ = named_leaves(tree, lambda x: x is None)
+    leaves, _ = leaves_with_paths(tree, lambda x: x is None)
     if all(leaf is None for _, leaf in leaves):  # nothing there, or a placeholder of optax's
         return {path: None for path, _ in leaves}
-    specs = dict(named_leaves(spheres, _is_spec)[0])
+    specs = dict(leaves_with_paths(spheres, _is_spec)[0])
     for path, spec in specs.items():
         if not _is_spec(spec):
             where = repr("/".join(path)) if path else "the whole tree"
@@ -115,7 +115,7 @@ def assigned(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
         elif leaf is not None:
             raise ValueError(
                 f"spheres: no entry for the parameter {'/'.join(path)!r} of shape "
-                f"{jnp.shape(leaf)}; the entries are {listing(specs)}. Give every parameter, or a "
+                f"{jnp.shape(leaf)}; the entries are {join_paths(specs)}. Give every parameter, or a "
                 "node above it, a Sphere or None"
             )
         chosen[path] = None if where is None or leaf is None else specs[where]
@@ -124,7 +124,7 @@ def assigned(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     return chosen
 
 
-def _leaf(where: str, sphere: Sphere, array: Any) -> Leaf:
+def _leaf(where: str, sphere: Sphere, array: Any) -> ArrayGroups:
     shape, ndim = jnp.shape(array), jnp.ndim(array)
     what = f"{sphere} does not fit the parameter {where!r} of shape {shape}"
     if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
@@ -144,7 +144,7 @@ def _leaf(where: str, sphere: Sphere, array: Any) -> Leaf:
             )
         counts = (*counts[:-1], sphere.blocks)
     size = math.prod(shape) // max(math.prod(counts), 1)
-    return Leaf(shape, axes, counts, size)
+    return ArrayGroups(shape, axes, counts, size)
 
 
 def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: Any) -> None:
@@ -153,20 +153,20 @@ def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: An
     def is_hole(x: Any) -> bool:
         return not jax.tree.leaves(x)
 
-    holes = [path for path, x in named_leaves(tree, is_hole)[0] if is_hole(x)]
+    holes = [path for path, x in leaves_with_paths(tree, is_hole)[0] if is_hole(x)]
     for path in extra:
         if not any(path[: len(hole)] == hole or hole[: len(path)] == path for hole in holes):
             raise ValueError(
                 f"spheres: {specs[path]} at {'/'.join(path)!r}, where there is no parameter; the "
-                f"parameters are {listing(paths)}"
+                f"parameters are {join_paths(paths)}"
             )
 
 
 def _tied(
-    chosen: dict[Path, Sphere | None], leaves: list[Leaf | None]
-) -> tuple[list[Leaf | None], list[list[int]]]:
+    chosen: dict[Path, Sphere | None], leaves: list[ArrayGroups | None]
+) -> tuple[list[ArrayGroups | None], list[list[int]]]:
     """Finds the ties, and gives their leaves the number of coordinates of the whole group."""
-    ties: dict[str, list[tuple[int, Leaf, str]]] = {}
+    ties: dict[str, list[tuple[int, ArrayGroups, str]]] = {}
     for i, ((path, sphere), leaf) in enumerate(zip(chosen.items(), leaves, strict=True)):
         if leaf is not None and sphere is not None and sphere.tie is not None:
             what = f"{'/'.join(path)!r} of shape {leaf.shape} with {sphere} has {leaf.counts}"

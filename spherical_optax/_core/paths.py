@@ -9,7 +9,9 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 Path = tuple[str, ...]
 
 
-def named_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tuple[Path, Any]], Any]:
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool]
+) -> tuple[list[tuple[Path, Any]], Any]:
     """Leaves with their paths as strings; the path of a Flax `nnx.Variable` is that of its value.
 
     `nnx.Optimizer` initialises with variables and updates with bare arrays: the same path both times.
@@ -26,6 +28,6 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tuple[
     return [(name(path), leaf) for path, leaf in flat], treedef
 
 
-def listing(paths: Any) -> str:
+def join_paths(paths: Any) -> str:
     names = ["/".join(path) or "(the whole tree)" for path in paths]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

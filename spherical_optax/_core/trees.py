@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.arguments import given
+from spherical_optax._core.arguments import require_params
 
 
 def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
@@ -21,8 +21,8 @@ def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
             return m
         g, m = jnp.asarray(g), jnp.asarray(m)
         dtype = g.dtype if g.dtype.itemsize >= m.dtype.itemsize else m.dtype
-        kept = (scalar(decay, m.dtype) * m).astype(dtype)
-        return (scalar(gain, g.dtype) * g).astype(dtype) + kept
+        kept = (as_dtype(decay, m.dtype) * m).astype(dtype)
+        return (as_dtype(gain, g.dtype) * g).astype(dtype) + kept
 
     return jax.tree.map(mix, updates, moment, is_leaf=lambda x: x is None)
 
@@ -31,7 +31,7 @@ def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
 def debias(moment: Any, decay: Any, count: Any) -> Any:
     """m / (1 - decay^count), as `optax.tree.bias_correction` but for strict dtype promotion."""
     dtype = jnp.result_type(float)
-    correction = 1 - scalar(decay, dtype) ** count.astype(dtype)
+    correction = 1 - as_dtype(decay, dtype) ** count.astype(dtype)
     return jax.tree.map(lambda m: m / correction.astype(m.dtype), moment)
 
 
@@ -40,23 +40,23 @@ def abs_squared(x: Any) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
-def scalar(value: Any, dtype: Any) -> Any:
+def as_dtype(value: Any, dtype: Any) -> Any:
     """A hyper-parameter for arrays of this dtype: Python numbers are weakly typed already."""
     return value if type(value) in (int, float) else jnp.asarray(value, dtype)
 
 
-def decayed(updates: Any, params: Any, l2: Any) -> Any:
+def add_decay(updates: Any, params: Any, l2: Any) -> Any:
     if l2 is None:
         return updates
     return jax.tree.map(
-        lambda g, x: None if g is None else g + scalar(l2, jnp.result_type(x)) * x,
+        lambda g, x: None if g is None else g + as_dtype(l2, jnp.result_type(x)) * x,
         updates,
-        given(params),
+        require_params(params),
         is_leaf=lambda x: x is None,
     )
 
 
-def output(updates: Any, values: Any) -> Any:
+def drop_missing(updates: Any, values: Any) -> Any:
     """`values`, where there are updates: Equinox leaves out what it does not differentiate."""
     return jax.tree.map(
         lambda g, v: None if g is None else v, updates, values, is_leaf=lambda x: x is None

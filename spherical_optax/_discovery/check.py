@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spherical_optax._core.groups import Leaf
-from spherical_optax._core.matching import assigned, match
+from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.matching import assign_specs, match
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.candidates import Candidate
 from spherical_optax._discovery.radial_sums import Part, Sums
@@ -112,7 +112,7 @@ def check_spheres(
     Source: section 2.1 and Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
     """
     function = Function("check_spheres", fn, params)
-    specs = assigned(spheres, params)
+    specs = assign_specs(spheres, params)
     units = _units(function, spheres, params)
     gradient_key, key = jax.random.split(fast_key("check_spheres", key))
     if not units:
@@ -143,7 +143,7 @@ def check_spheres(
 class _Unit:
     """One array on spheres, or all those of a tie, by their index."""
 
-    def __init__(self, leaves: dict[int, Leaf]):
+    def __init__(self, leaves: dict[int, ArrayGroups]):
         self.leaves, self.cosine, self.influence = leaves, 0.0, 0.0
         self.candidate = Candidate({i: _part(leaf) for i, leaf in leaves.items()})
 
@@ -155,7 +155,7 @@ class _Unit:
             self.influence = max(self.influence, here / most)
 
 
-def _part(leaf: Leaf) -> Part:
+def _part(leaf: ArrayGroups) -> Part:
     """Axes of length 1 tell no groups apart."""
     long = [(axis, count) for axis, count in zip(leaf.axes, leaf.counts, strict=True) if count > 1]
     axes, counts = tuple(axis for axis, _ in long), tuple(count for _, count in long)
@@ -229,11 +229,11 @@ class _Scaling:
 
 
 @functools.partial(jax.jit, static_argnames=("leaf", "each"))
-def _times_random(x: jax.Array, key: jax.Array, leaf: Leaf, each: bool) -> jax.Array:
+def _times_random(x: jax.Array, key: jax.Array, leaf: ArrayGroups, each: bool) -> jax.Array:
     """Every group, or every coordinate, times a random factor in [1/10, 10]."""
     shape = x.shape if each else leaf.counts
     factors = 10.0 ** jax.random.uniform(key, shape, x.dtype, -1.0, 1.0)
-    return x * (factors if each else leaf.spread(leaf.unlisted(factors)))
+    return x * (factors if each else leaf.spread(leaf.from_counts(factors)))
 
 
 def _relative(before: jax.Array, after: jax.Array) -> float:

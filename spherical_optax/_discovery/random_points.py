@@ -11,8 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 
-from spherical_optax._core.groups import accurate
-from spherical_optax._core.paths import named_leaves
+from spherical_optax._core.groups import upcast
+from spherical_optax._core.paths import leaves_with_paths
 
 
 class Function:
@@ -31,7 +31,7 @@ class Function:
                 f"{who}: fn is a {type(fn).__name__}, not a function of the parameters"
             )
         self._fn = fn
-        self.leaves, self.treedef = named_leaves(params, lambda x: x is None)
+        self.leaves, self.treedef = leaves_with_paths(params, lambda x: x is None)
         for path, leaf in self.leaves:
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 raise ValueError(
@@ -44,7 +44,7 @@ class Function:
         self.arrays = [jnp.asarray(self.leaves[i][1]) for i in self.real]
         if not self.arrays:
             raise ValueError(f"{who}: there are no real arrays among the parameters")
-        self._dtypes = [accurate(x).dtype for x in self.arrays]
+        self._dtypes = [upcast(x).dtype for x in self.arrays]
         traced = self._trace()
         if not traced.out_avals:
             raise ValueError(
@@ -79,7 +79,7 @@ class Function:
             for part in ([y.real, y.imag] if jnp.iscomplexobj(y) else [y])
             if jnp.issubdtype(part.dtype, jnp.floating)
         ]
-        return [accurate(part) for part in parts if part.size]
+        return [upcast(part) for part in parts if part.size]
 
     def point(self, key: jax.Array, factors: Sequence[float] | None = None) -> list[jax.Array]:
         """Random parameters, times a factor for each array."""
@@ -135,7 +135,7 @@ def _is_real(x: Any) -> bool:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _point(x: jax.Array, key: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
-    x = accurate(x)
+    x = upcast(x)
     x = factor.astype(x.dtype) * _perturbed(x, key)
     # What fn will round is not the point to multiply its gradient with.
     return x.astype(dtype).astype(x.dtype)

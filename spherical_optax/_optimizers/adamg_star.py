@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import given
+from spherical_optax._core.arguments import require_params
 from spherical_optax._core.matching import match
-from spherical_optax._core.projection import zero_norm
+from spherical_optax._core.projection import zeros_per_group
 from spherical_optax._core.safe_math import ratio
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
@@ -70,27 +70,27 @@ def _scale_by_mirrored_radius(
     """
 
     def init(params):
-        radius = zero_norm(params, match(spheres, params).curved())
+        radius = zeros_per_group(params, match(spheres, params).with_tangent_space())
         return MirroredRadiusState(jnp.zeros([], jnp.int32), radius)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).curved()
+        groups = match(spheres, updates).with_tangent_space()
         eta, decay = (h(state.count) if callable(h) else h for h in (learning_rate, weight_decay))
         shrink = 1 - jnp.asarray(eta * decay)
-        square = geometry.dot(given(params), params, groups)
+        square = geometry.dot(require_params(params), params, groups)
 
         def sgd(x, g):
             return None if g is None else -_as(eta, x) * (_as(g, x) + _as(decay, x) * x)
 
         # At the first step, and for a filter that was zero so far, the SGD is where the parameters are.
-        mirrored = groups.scalars(
+        mirrored = groups.map_per_group(
             lambda s, xx: jnp.where(s > 0, s, xx), state.radius_squared, square
         )
-        rate = groups.scalars(
+        rate = groups.map_per_group(
             lambda s, xx: _as(eta, s) / _as(shrink, s) * ratio(xx, s), mirrored, square
         )
-        following = groups.scalars(
+        following = groups.map_per_group(
             lambda s, r, g: (
                 _as(shrink, s) * _hypot(_as(shrink, s) * s, 2**0.5 * _as(eta, s) * r * g)
             ),
@@ -102,7 +102,7 @@ def _scale_by_mirrored_radius(
             lambda x, g, rate: -rate * g, params, updates, rate, off=lambda x, g, _: sgd(x, g)
         )
         count = optax.safe_increment(state.count)
-        return updates, MirroredRadiusState(count, groups.stored(following, state.radius_squared))
+        return updates, MirroredRadiusState(count, groups.as_state(following, state.radius_squared))
 
     return Transformation(init, update)
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import given, is_zero, l2_now
+from spherical_optax._core.arguments import is_zero, require_params, weight_decay_at
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import ratio, sqrt
 from spherical_optax._core.sphere import Sphere, Spheres
-from spherical_optax._core.trees import cast_like, output, scalar
+from spherical_optax._core.trees import as_dtype, cast_like, drop_missing
 from spherical_optax._transforms.momentum import ema, trace
 from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
@@ -166,24 +166,24 @@ def _tangential(
         return TangentialState(jnp.zeros([], jnp.int32), direction.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        params = given(params)
+        params = require_params(params)
         inner: Any
         steps, inner = direction.update(updates, state.direction, params, **extra_args)
         if into_trace:
-            steps = output(updates, inner.trace)  # in its own dtype
+            steps = drop_missing(updates, inner.trace)  # in its own dtype
         if spheres is None:
             steps, decay_factors = _guessed(updates, steps, params, wd_ratio, delta, eps)
         else:
-            groups = match(spheres, steps).curved()
+            groups = match(spheres, steps).with_tangent_space()
             steps = geometry.project(params, steps, groups)
             decay_factors = jax.tree.map(lambda off: 1.0 if off else wd_ratio, groups.off())
         if into_trace:
             inner = inner._replace(trace=_or_else(steps, inner.trace))
         steps = cast_like(steps, params)
-        decay = l2_now(weight_decay, state.count)
+        decay = weight_decay_at(weight_decay, state.count)
         if decay is not None:
             steps = jax.tree.map(
-                lambda p, x, r: None if p is None else p + scalar(decay * r, p.dtype) * x,
+                lambda p, x, r: None if p is None else p + as_dtype(decay * r, p.dtype) * x,
                 steps,
                 params,
                 decay_factors,
@@ -203,10 +203,10 @@ def _guessed(
     filter_wise, layer_wise, neither = range(3)
 
     def invariant(gg, gx, xx, *, size):
-        least = scalar(eps, gg.dtype)
+        least = as_dtype(eps, gg.dtype)
         lengths = jnp.maximum(sqrt(gg), least) * jnp.maximum(sqrt(xx), least)
         cosine = ratio(jnp.abs(gx), lengths, otherwise=0.0)
-        return jnp.all(cosine < scalar(delta, gg.dtype) / size**0.5) if size > 1 else False
+        return jnp.all(cosine < as_dtype(delta, gg.dtype) / size**0.5) if size > 1 else False
 
     def test(step, *sums):
         whole = invariant(*map(_total, sums), size=step.size)
@@ -218,16 +218,16 @@ def _guessed(
 
     def coefficient(found, px, xx):
         def of(px, xx):
-            return ratio(px, (sqrt(xx) + scalar(eps, xx.dtype)) ** 2, 0.0)
+            return ratio(px, (sqrt(xx) + as_dtype(eps, xx.dtype)) ** 2, 0.0)
 
         by_layer = jnp.where(found == layer_wise, of(_total(px), _total(xx)), 0.0)
         return jnp.where(found == filter_wise, of(px, xx), by_layer)
 
     gg, gx = geometry.dot(grads, grads, filters), geometry.dot(grads, params, filters)
     px, xx = geometry.dot(steps, params, filters), geometry.dot(params, params, filters)
-    found = filters.scalars(test, steps, gg, gx, xx)
-    radial = filters.scalars(coefficient, found, px, xx)
-    decay_factors = filters.scalars(
+    found = filters.map_per_group(test, steps, gg, gx, xx)
+    radial = filters.map_per_group(coefficient, found, px, xx)
+    decay_factors = filters.map_per_group(
         lambda case: jnp.where(case == neither, 1.0, wd_ratio), found, off=lambda _: 1.0
     )
     return filters.map(lambda p, x, c: p - c * x, steps, params, radial), decay_factors

@@ -6,8 +6,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from spherical_optax._core.arguments import given, is_transformation
-from spherical_optax._core.groups import Leaf, accurate, replicated, resharded
+from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like, upcast
 from spherical_optax._core.matching import match
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
@@ -67,7 +67,7 @@ def hyperball(
     optimization" (2026).
     """
     return optax.chain(
-        is_transformation("hyperball", inner),
+        require_transformation("hyperball", inner),
         normalize(spheres),
         optax.scale_by_learning_rate(learning_rate),
         retract(spheres, radius),
@@ -185,7 +185,7 @@ def muonh(
 
     def update(updates, state, params=None, **extra_args):
         # Not from the updates, among which any may be missing.
-        return by_shape(given(params)).update(updates, state, params, **extra_args)
+        return by_shape(require_params(params)).update(updates, state, params, **extra_args)
 
     directions = optax.GradientTransformationExtraArgs(init, update)
     inner = optax.chain(directions, decay_off(spheres, weight_decay))
@@ -206,10 +206,10 @@ def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:
             weight_dimension_numbers=lambda tree: _matrices(spheres, tree),
         )
         # The products of matrices need them whole, and in float16 eps would be 0.
-        whole = jax.tree.map(lambda x: replicated(accurate(x)), updates)
+        whole = jax.tree.map(lambda x: replicate(upcast(x)), updates)
         with jax.numpy_dtype_promotion("standard"):
             found, _ = muon.update(whole, muon.init(whole))
-        return cast_like(jax.tree.map(lambda x, y: resharded(y, x), updates, found), params)
+        return cast_like(jax.tree.map(lambda x, y: reshard_like(y, x), updates, found), params)
 
     return optax.stateless(update)
 
@@ -217,7 +217,7 @@ def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:
 def _matrices(spheres: Spheres, tree: Any) -> Any:
     """Which axes are the two sides of Muon's matrix; None where there is none."""
 
-    def matrix(leaf: Leaf | None) -> MuonDimensionNumbers | None:
+    def matrix(leaf: ArrayGroups | None) -> MuonDimensionNumbers | None:
         if leaf is None:
             return None
         output = len(leaf.shape) - 1
@@ -225,6 +225,6 @@ def _matrices(spheres: Spheres, tree: Any) -> Any:
         longer = any(leaf.shape[axis] > 1 for axis in inputs)
         return MuonDimensionNumbers(inputs, output) if longer else None
 
-    # Not `curved`, which depends on ties, and thus on what a mask has left of the tree.
+    # Not `with_tangent_space`, which depends on ties, and thus on what a mask has left of the tree.
     groups = match(spheres, tree)
     return jax.tree.unflatten(groups.treedef, [matrix(leaf) for leaf in groups.leaves])

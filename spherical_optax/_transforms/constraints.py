@@ -11,8 +11,8 @@ import optax
 from jax.core import Tracer
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import given
-from spherical_optax._core.groups import Groups, accurate
+from spherical_optax._core.arguments import require_params
+from spherical_optax._core.groups import Groups, upcast
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import ratio
 from spherical_optax._core.sphere import Spheres
@@ -44,8 +44,8 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).curved()
-        return cast_like(geometry.project(given(params), updates, groups), params), state
+        groups = match(spheres, updates).with_tangent_space()
+        return cast_like(geometry.project(require_params(params), updates, groups), params), state
 
     return optax.GradientTransformationExtraArgs(_checks(spheres), update)
 
@@ -77,10 +77,10 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).curved()
-        factor = groups.scalars(
+        groups = match(spheres, updates).with_tangent_space()
+        factor = groups.map_per_group(
             lambda r, q: jnp.where(r <= 0, 1.0, ratio(r, q)),
-            geometry.norm(given(params), groups),
+            geometry.norm(require_params(params), groups),
             geometry.norm(updates, groups),
         )
         return cast_like(geometry.scale(updates, factor, groups), params), state
@@ -140,25 +140,25 @@ def retract(
     keep = isinstance(radius, str) and radius == "initial"
 
     def init(params):
-        groups = match(spheres, params).curved()
+        groups = match(spheres, params).with_tangent_space()
         if not keep:
             return optax.EmptyState()
-        return RetractState(groups.stored(geometry.norm(params, groups)))
+        return RetractState(groups.as_state(geometry.norm(params, groups)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).curved()
+        groups = match(spheres, updates).with_tangent_space()
         wanted: Any = None if isinstance(radius, str) else radius
         if keep:
             # Zero-initialised filters keep the first radius that they get.
-            wanted = groups.scalars(
+            wanted = groups.map_per_group(
                 lambda kept, now: jnp.where(kept > 0, kept, now),
                 state.kept,
-                geometry.norm(given(params), groups),
+                geometry.norm(require_params(params), groups),
             )
-            state = RetractState(groups.stored(wanted, state.kept))
+            state = RetractState(groups.as_state(wanted, state.kept))
         # In at least float32 until the very end: a step in low precision rounds once.
-        point = jax.tree.map(accurate, given(params))
+        point = jax.tree.map(upcast, require_params(params))
         target = geometry.retract(point, updates, groups, wanted)
         if wanted is not None:
             target = _against_rounding(target, params, groups)
@@ -198,15 +198,15 @@ def _against_rounding(target: Any, params: Any, groups: Groups) -> Any:
         rounded = functools.partial(
             jax.lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=kind.nmant
         )
-        return rounded(accurate(x) + rounded(y - accurate(x)))
+        return rounded(upcast(x) + rounded(y - upcast(x)))
 
     def length(tree):
         return geometry.norm(jax.tree.map(landed, params, tree), groups)
 
     goal, first = geometry.norm(target, groups), length(target)
-    factor = groups.scalars(ratio, goal, first)
+    factor = groups.map_per_group(ratio, goal, first)
     second = length(geometry.scale(target, factor, groups))
-    factor = groups.scalars(
+    factor = groups.map_per_group(
         lambda r, a, b, f: jnp.where(jnp.abs(b - r) < jnp.abs(a - r), f, 1.0),
         *(goal, first, second, factor),
     )

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import decay_rate, given, l2_now
+from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.projection import without_radial, zero_norm
+from spherical_optax._core.projection import remove_radial, zeros_per_group
 from spherical_optax._core.safe_math import ratio, sqrt
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import cast_like, decayed, mix, output, scalar
+from spherical_optax._core.trees import add_decay, as_dtype, cast_like, drop_missing, mix
 from spherical_optax._core.trees import debias as unbias
 from spherical_optax._transforms.inner_products import Products, known, sharing
 
@@ -88,7 +88,9 @@ def ema(
 
     Source: [19]; the radial part of m is dropped, as in the authors' released code.
     """
-    momentum = _Momentum(decay_rate("ema", decay), 1 - decay, spheres, transport, rescale)
+    momentum = _Momentum(
+        require_constant_decay("ema", decay), 1 - decay, spheres, transport, rescale
+    )
 
     def init(params):
         mu = optax.tree.zeros_like(params, dtype=accumulator_dtype)
@@ -96,13 +98,13 @@ def ema(
 
     def update(updates, state, params=None, *, inner_products=None, **extra_args):
         del extra_args
-        l2 = l2_now(weight_decay, state.count)
+        l2 = weight_decay_at(weight_decay, state.count)
         mu, kept = momentum.update(
             updates, state.ema, state.kept, params, l2, known(inner_products)
         )
         count = optax.safe_increment(state.count)
         out = momentum.ahead(updates, mu, params, l2) if nesterov else mu
-        out = output(updates, out)
+        out = drop_missing(updates, out)
         out = unbias(out, decay, count) if debias else out
         return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
 
@@ -148,7 +150,7 @@ def trace(
 
     Source: [6] and [19]; the radial part of m is dropped, as in the authors' released code.
     """
-    momentum = _Momentum(decay_rate("trace", decay), 1, spheres, transport, rescale)
+    momentum = _Momentum(require_constant_decay("trace", decay), 1, spheres, transport, rescale)
 
     def init(params):
         sums = optax.tree.zeros_like(params, dtype=accumulator_dtype)
@@ -158,7 +160,7 @@ def trace(
         del extra_args
         sums, kept = momentum.update(updates, state.trace, state.kept, params)
         out = momentum.ahead(updates, sums) if nesterov else sums
-        out = cast_like(output(updates, out), params)
+        out = cast_like(drop_missing(updates, out), params)
         return out, TraceState(cast_like(sums, state.trace), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -175,8 +177,8 @@ class _Momentum:
     rescale: bool
 
     def init(self, params: Any) -> Any:
-        groups = match(self.spheres, params).curved()
-        return zero_norm(params, groups) if self.transport != self.rescale else None
+        groups = match(self.spheres, params).with_tangent_space()
+        return zeros_per_group(params, groups) if self.transport != self.rescale else None
 
     def update(
         self,
@@ -187,35 +189,35 @@ class _Momentum:
         l2: Any = None,
         products: Products | None = None,
     ) -> tuple[Any, Any]:
-        groups = match(self.spheres, updates).curved()
+        groups = match(self.spheres, updates).with_tangent_space()
         products = products or Products()
         before = kept
         if self.transport or self.rescale or l2 is not None:
-            params = given(params)
+            params = require_params(params)
         if self.transport:
             mx, xx = products.dot(moment, params, groups), products.dot(params, params, groups)
-            tangent = without_radial(params, moment, mx, xx, groups)
+            tangent = remove_radial(params, moment, mx, xx, groups)
             if self.rescale:
                 moment = tangent
             else:
-                radius = groups.scalars(sqrt, xx)
+                radius = groups.map_per_group(sqrt, xx)
                 radial = _radial(products.dot(updates, params, groups), radius, groups, l2)
                 mm = products.dot(moment, moment, groups)
                 now = _radial(mx, radius, groups)
-                restored = groups.scalars(_isometry, mm, kept, now, xx, radial, moment)
+                restored = groups.map_per_group(_isometry, mm, kept, now, xx, radial, moment)
                 moment = geometry.scale(tangent, restored, groups)
                 # The projection is tangential: only the new term brings a radial part.
-                kept = groups.scalars(lambda q: scalar(self.gain, q.dtype) * q, radial)
+                kept = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
         elif self.rescale:
             radius = geometry.norm(params, groups)
             moment = geometry.scale(moment, change(kept, radius, groups), groups)
             kept = radius
-        kept = None if self.transport == self.rescale else groups.stored(kept, before)
+        kept = None if self.transport == self.rescale else groups.as_state(kept, before)
         return self.ahead(updates, moment, params, l2), kept
 
     def ahead(self, updates: Any, moment: Any, params: Any = None, l2: Any = None) -> Any:
         """decay m + gain g; with an m that has taken g already, Nesterov's momentum."""
-        return mix(decayed(updates, params, l2), moment, self.decay, self.gain)
+        return mix(add_decay(updates, params, l2), moment, self.decay, self.gain)
 
 
 def _isometry(mm: Any, before: Any, now: Any, xx: Any, coming: Any, m: Any) -> jax.Array:
@@ -236,11 +238,11 @@ def _radial(qx: Any, radius: Any, groups: Groups, l2: Any = None) -> Any:
     """<q + l2 x, u> of each group, from <q, x>."""
 
     def of(qx, r):
-        return ratio(qx, r, otherwise=0.0) + (0.0 if l2 is None else scalar(l2, r.dtype) * r)
+        return ratio(qx, r, otherwise=0.0) + (0.0 if l2 is None else as_dtype(l2, r.dtype) * r)
 
-    return groups.scalars(of, qx, radius)
+    return groups.map_per_group(of, qx, radius)
 
 
 def change(before: Any, now: Any, groups: Groups) -> Any:
     """before / now of group-sized trees, and 1 for groups that were or are zero."""
-    return groups.scalars(lambda b, n: jnp.where(b <= 0, 1.0, ratio(b, n)), before, now)
+    return groups.map_per_group(lambda b, n: jnp.where(b <= 0, 1.0, ratio(b, n)), before, now)

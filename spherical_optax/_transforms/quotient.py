@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from spherical_optax._core.arguments import is_transformation
+from spherical_optax._core.arguments import require_transformation
 from spherical_optax._core.safe_math import divide
 from spherical_optax._transforms.inner_products import Products, shares
 
@@ -41,7 +41,7 @@ def quotient(
 
     Source: the generic scheme, [3] and [4].
     """
-    a, b = (optax.with_extra_args_support(is_transformation("quotient", tx)) for tx in (a, b))
+    a, b = (optax.with_extra_args_support(require_transformation("quotient", tx)) for tx in (a, b))
     share = shares(a) and shares(b)
 
     def init(params):

@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.arguments import decay_rate, given, l2_now
+from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import or_one, vanishes
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import abs_squared, cast_like, debias, decayed, mix, output, scalar
+from spherical_optax._core.trees import (
+    abs_squared,
+    add_decay,
+    as_dtype,
+    cast_like,
+    debias,
+    drop_missing,
+    mix,
+)
 from spherical_optax._transforms.inner_products import Products, known, sharing
 
 
@@ -64,50 +72,50 @@ def rms(
 
     Source: [8], [9] and [20].
     """
-    decay = decay_rate("rms", decay)
+    decay = require_constant_decay("rms", decay)
     if reduce not in ("mean", "sum"):
         raise ValueError(f"rms: reduce is {reduce!r}, not 'mean' or 'sum'")
 
     def squares(g, params, groups, products, l2=None):
         sums = products.dot(g, g, groups)
         if l2 is not None:
-            params = given(params)
+            params = require_params(params)
             # From inner products, as in `ema`: what is summed over on a CPU has to be in memory.
-            sums = groups.scalars(
-                lambda gg, gx, xx: _norm_squared(gg, gx, xx, scalar(l2, gg.dtype)),
+            sums = groups.map_per_group(
+                lambda gg, gx, xx: _norm_squared(gg, gx, xx, as_dtype(l2, gg.dtype)),
                 sums,
                 products.dot(g, params, groups),
                 products.dot(params, params, groups),
             )
         sums = groups.mean(sums) if reduce == "mean" else sums
-        return groups.choose(sums, jax.tree.map(abs_squared, decayed(g, params, l2)))
+        return groups.choose(sums, jax.tree.map(abs_squared, add_decay(g, params, l2)))
 
     def init(params):
-        groups = match(spheres, params).curved()
+        groups = match(spheres, params).with_tangent_space()
         zeros = optax.tree.zeros_like(params)
         return RmsState(jnp.zeros([], jnp.int32), squares(zeros, None, groups, Products()))
 
     def update(updates, state, params=None, *, inner_products=None, **extra_args):
         del extra_args
         products = known(inner_products)
-        groups = match(spheres, updates).curved()
-        l2, count = l2_now(weight_decay, state.count), optax.safe_increment(state.count)
+        groups = match(spheres, updates).with_tangent_space()
+        l2, count = weight_decay_at(weight_decay, state.count), optax.safe_increment(state.count)
         nu, new = state.nu, squares(updates, params, groups, products, l2)
         if rescale:
-            xx = products.dot(given(params), params, groups)
+            xx = products.dot(require_params(params), params, groups)
             began = jnp.greater(count, 1)
-            nu = groups.scalars(
+            nu = groups.map_per_group(
                 lambda nu, gg, xx: _arriving(nu, gg, xx, began), nu, new, xx, off=_first
             )
-            new = groups.scalars(_squared_radius_times, new, xx, off=_first)
+            new = groups.map_per_group(_squared_radius_times, new, xx, off=_first)
         v = nu = mix(new, nu, decay, 1 - decay)
         if rescale:
-            nu = groups.scalars(_kept, nu, xx, off=_first)
+            nu = groups.map_per_group(_kept, nu, xx, off=_first)
             # From what is kept: else XLA computes that twice, and copies the old one for it.
-            v = groups.scalars(lambda nu, xx: abs(nu) / or_one(xx), nu, xx, off=_first)
-        v = debias(output(updates, v), decay, count)
-        out = groups.scalars(_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
-        out = jax.tree.map(lambda b: b + scalar(eps, b.dtype), out)
+            v = groups.map_per_group(lambda nu, xx: abs(nu) / or_one(xx), nu, xx, off=_first)
+        v = debias(drop_missing(updates, v), decay, count)
+        out = groups.map_per_group(_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
+        out = jax.tree.map(lambda b: b + as_dtype(eps, b.dtype), out)
         # Zeros rather than `broadcast_to`, for the sharding of the updates.
         out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
         return cast_like(out, params), RmsState(count, cast_like(nu, state.nu))

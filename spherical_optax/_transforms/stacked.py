@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.matching import assigned, match
-from spherical_optax._core.paths import Path, named_leaves
+from spherical_optax._core.matching import assign_specs, match
+from spherical_optax._core.paths import Path, leaves_with_paths
 from spherical_optax._core.sphere import Sphere, Spheres
 
 
@@ -67,9 +67,9 @@ def stacked(
     def plan(tree: Any) -> tuple[dict[Any, list[Path]], dict[Path, Sphere | None]]:
         """The paths that go into one stack, and the spheres of all."""
         match(spheres, tree)
-        chosen = assigned(spheres, tree)
+        chosen = assign_specs(spheres, tree)
         alike: dict[Any, list[Path]] = collections.defaultdict(list)
-        for path, x in named_leaves(tree, lambda x: x is None)[0]:
+        for path, x in leaves_with_paths(tree, lambda x: x is None)[0]:
             sphere = chosen[path]
             tied = sphere is not None and sphere.tie is not None
             if x is not None and jnp.size(x) < below and not tied:
@@ -77,7 +77,7 @@ def stacked(
         return {key: paths for key, paths in alike.items() if len(paths) > 1}, chosen
 
     def pack(tree: Any, stacks: dict[Any, list[Path]]) -> Packed:
-        leaves = dict(named_leaves(tree, lambda x: x is None)[0])
+        leaves = dict(leaves_with_paths(tree, lambda x: x is None)[0])
         if missing := [path for paths in stacks.values() for path in paths if leaves[path] is None]:
             raise ValueError(
                 f"stacked: {'/'.join(missing[0])} has no update, but lies in a stack: give it zeros, "
@@ -87,7 +87,7 @@ def stacked(
         return Packed(together, {_name(path): x for path, x in leaves.items()})
 
     def unpack(packed: Any, stacks: dict[Any, list[Path]], like: Any) -> Any:
-        paths, treedef = named_leaves(like, lambda x: x is None)
+        paths, treedef = leaves_with_paths(like, lambda x: x is None)
         found = {
             path: stack[i]
             for stack, of in zip(packed.stacks, stacks.values(), strict=True)

@@ -11,5 +11,5 @@ def decay_off(
 ) -> optax.GradientTransformation:
     """Weight decay off the spheres, on which it is radial."""
     return optax.add_decayed_weights(
-        weight_decay, mask=lambda tree: match(spheres, tree).curved().off()
+        weight_decay, mask=lambda tree: match(spheres, tree).with_tangent_space().off()
     )

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import spherical_optax as so
-from spherical_optax._core.paths import named_leaves
+from spherical_optax._core.paths import leaves_with_paths
 
 from .zoo import FAMILIES
 
@@ -27,11 +27,11 @@ def family(request):
 
 
 def by_path(tree):
-    return {"/".join(path): x for path, x in named_leaves(tree, lambda x: x is None)[0]}
+    return {"/".join(path): x for path, x in leaves_with_paths(tree, lambda x: x is None)[0]}
 
 
 def like(params, spheres):
-    leaves, treedef = named_leaves(params, lambda x: x is None)
+    leaves, treedef = leaves_with_paths(params, lambda x: x is None)
     return jax.tree.unflatten(treedef, [spheres.get("/".join(path)) for path, _ in leaves])
 
 

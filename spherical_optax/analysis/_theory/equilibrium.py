@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.arguments import not_schedule
+from spherical_optax._core.arguments import reject_schedule
 
 
 class Equilibrium(NamedTuple):
@@ -86,4 +86,4 @@ def adamw_equilibrium(
 
 
 def _floats(*values: jax.typing.ArrayLike) -> list[jax.Array]:
-    return [jnp.asarray(not_schedule("equilibrium", x), jnp.result_type(float)) for x in values]
+    return [jnp.asarray(reject_schedule("equilibrium", x), jnp.result_type(float)) for x in values]

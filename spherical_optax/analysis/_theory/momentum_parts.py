@@ -10,7 +10,7 @@ from spherical_optax import geometry
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import ratio
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import scalar
+from spherical_optax._core.trees import as_dtype
 
 
 class MomentumParts(NamedTuple):
@@ -66,7 +66,7 @@ def decompose_momentum(
     past_grads, past_points = grads[0], params[0]
     for x, g in zip(params[1:], grads[1:], strict=True):
         past_grads, past_points = (
-            jax.tree.map(lambda p, n: scalar(decay, jnp.result_type(p)) * p + n, past, now)
+            jax.tree.map(lambda p, n: as_dtype(decay, jnp.result_type(p)) * p + n, past, now)
             for past, now in ((past_grads, g), (past_points, x))
         )
     # grad L(u_i) = r_i grad L(x_i), so only the last radius is left in the sums.
@@ -74,7 +74,7 @@ def decompose_momentum(
         geometry.scale(past_grads, radius, groups),
         geometry.scale(
             past_points,
-            groups.scalars(lambda r: ratio(1.0, r, otherwise=0.0), radius),
+            groups.map_per_group(lambda r: ratio(1.0, r, otherwise=0.0), radius),
             groups,
         ),
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import not_schedule
+from spherical_optax._core.arguments import reject_schedule
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import divide, ratio, sqrt
@@ -77,40 +77,42 @@ def image_step(
     groups = match(spheres, params)
     a, b = _like(a, params), _like(b, params)
     radius = geometry.norm(params, groups)
-    rms = groups.scalars(sqrt, groups.mean(geometry.dot(b, b, groups)))
+    rms = groups.map_per_group(sqrt, groups.mean(geometry.dot(b, b, groups)))
     # c without its factor r d^{-1/2} ||b||, which `along` and `across` below put together with A.
     quotient = groups.map(lambda _, a, b: divide(a, b), params, a, b, off=_quotient)
     tangent = geometry.project(params, quotient, groups)
-    radial = groups.scalars(
+    radial = groups.map_per_group(
         lambda q, r: ratio(q, r * r, otherwise=0.0),
         geometry.dot(quotient, params, groups),
         radius,
     )
-    eta = jnp.asarray(not_schedule("image_step", learning_rate))
+    eta = jnp.asarray(reject_schedule("image_step", learning_rate))
 
     def scaled(x: jax.Array) -> jax.Array:
         return eta.astype(x.dtype) * x
 
-    along = groups.scalars(lambda q: 1 - scaled(q), radial)  # 1 - A <c, u>
-    across = groups.scalars(
+    along = groups.map_per_group(lambda q: 1 - scaled(q), radial)  # 1 - A <c, u>
+    across = groups.map_per_group(
         lambda t, r: scaled(ratio(t, r, otherwise=0.0)),
         geometry.norm(tangent, groups),
         radius,
     )  # A ||c_perp||
-    rate = groups.scalars(
+    rate = groups.map_per_group(
         lambda r, b, q: over(scaled(ratio(1.0, r * r * b, otherwise=0.0)), q),
         radius,
         rms,
         along,
     )
-    direction = geometry.scale(tangent, groups.scalars(lambda r, b: r * b, radius, rms), groups)
+    direction = geometry.scale(
+        tangent, groups.map_per_group(lambda r, b: r * b, radius, rms), groups
+    )
     following = groups.map(
         lambda x, t: x - scaled(t), params, quotient, off=lambda x, t: x - _cast(scaled(t), x)
     )
     return ImageStep(
         rate,
         direction,
-        groups.scalars(jnp.arctan2, across, along),
+        groups.map_per_group(jnp.arctan2, across, along),
         radius,
         _next_radius(following, along, across, radius, groups),
         geometry.direction(following, groups),
@@ -149,8 +151,8 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
     radius = geometry.norm(params, groups)
     tangent = geometry.project(params, updates, groups)
     radial = geometry.dot(updates, params, groups)
-    along = groups.scalars(lambda qx, r: 1 + ratio(qx, r * r, otherwise=0.0), radial, radius)
-    across = groups.scalars(
+    along = groups.map_per_group(lambda qx, r: 1 + ratio(qx, r * r, otherwise=0.0), radial, radius)
+    across = groups.map_per_group(
         lambda t, r: ratio(t, r, otherwise=0.0), geometry.norm(tangent, groups), radius
     )
     following = groups.map(
@@ -158,16 +160,16 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
     )
     next_radius = _next_radius(following, along, across, radius, groups)
     return MeasuredStep(
-        groups.scalars(jnp.arctan2, across, along),
-        groups.scalars(over, across, along),
+        groups.map_per_group(jnp.arctan2, across, along),
+        groups.map_per_group(over, across, along),
         geometry.scale(
             tangent,
-            groups.scalars(_per_radius, radius, along),
+            groups.map_per_group(_per_radius, radius, along),
             groups,
         ),
         radius,
         next_radius,
-        groups.scalars(ratio, next_radius, radius),
+        groups.map_per_group(ratio, next_radius, radius),
         radial_cosine(radial, radius, geometry.norm(updates, groups), groups),
         geometry.direction(following, groups),
     )
@@ -185,12 +187,12 @@ def radial_cosine(radial: Any, radius: Any, length: Any, groups: Groups) -> Any:
         found = ratio(ratio(qx, r, otherwise=0.0), q, otherwise=0.0)
         return jnp.where(jnp.isnan(q), q, jnp.clip(found, -1, 1))
 
-    return groups.scalars(cosine, radial, radius, length)
+    return groups.map_per_group(cosine, radial, radius, length)
 
 
 def _next_radius(following: Any, along: Any, across: Any, radius: Any, groups: Groups) -> Any:
     """[14], and the length of the step itself for groups that were zero."""
-    return groups.scalars(
+    return groups.map_per_group(
         lambda n, q, t, r: jnp.where(r > 0, r * jnp.hypot(q, t), n),
         geometry.norm(following, groups),
         along,

@@ -10,7 +10,7 @@ from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import ratio, sqrt
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import scalar
+from spherical_optax._core.trees import as_dtype
 
 
 class EffectiveStep(NamedTuple):
@@ -54,8 +54,8 @@ def effective_sgd(
     groups = match(spheres, params)
     radius = geometry.norm(params, groups)
     shrink = 1 - jnp.asarray(learning_rate) * jnp.asarray(weight_decay)
-    rate = groups.scalars(
-        lambda r: _per(scalar(learning_rate, r.dtype), r * r * scalar(shrink, r.dtype)), radius
+    rate = groups.map_per_group(
+        lambda r: _per(as_dtype(learning_rate, r.dtype), r * r * as_dtype(shrink, r.dtype)), radius
     )
     return EffectiveStep(rate, geometry.scale(grads, radius, groups))
 
@@ -136,11 +136,11 @@ def effective_adam(
     gain, first, second = 1 - beta1, 1 - beta1**t, 1 - beta2**t
 
     def b_of(v):
-        root = jnp.sqrt(v / second.astype(v.dtype)) + scalar(eps, v.dtype)
+        root = jnp.sqrt(v / second.astype(v.dtype)) + as_dtype(eps, v.dtype)
         return (first / gain).astype(v.dtype) * root
 
     b = groups.map(b_of, nu)
-    rms = groups.scalars(sqrt, groups.mean(geometry.dot(b, b, groups)))
+    rms = groups.map_per_group(sqrt, groups.mean(geometry.dot(b, b, groups)))
     # a / (b / rms), so that c is r times it, as in the other schemes.
     a = groups.map(
         lambda m, b, rms: m / gain.astype(m.dtype) * ratio(rms, b, otherwise=0.0),
@@ -161,13 +161,13 @@ def _momentum(
 ) -> EffectiveStep:
     """(eta / (r^2 b)) / (1 - eta <c, u> / (r^2 b)) with c = r a, and c_perp."""
     if rms is None:
-        rms = groups.scalars(jnp.ones_like, radius)
+        rms = groups.map_per_group(jnp.ones_like, radius)
 
     def rate(r, b, ax):
-        eta = scalar(learning_rate, r.dtype)
+        eta = as_dtype(learning_rate, r.dtype)
         return _per(eta, r * r * b - eta * ax)  # <c, u> = <a, x>
 
-    rates = groups.scalars(
+    rates = groups.map_per_group(
         lambda r, b, ax: jnp.where(r <= 0, 0.0, rate(r, b, ax)),
         radius,
         rms,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from spherical_optax._core.arguments import not_schedule
+from spherical_optax._core.arguments import reject_schedule
 
 
 class AdamGStar(NamedTuple):
@@ -45,7 +45,7 @@ def adamg_star_from_sgd(
 
     Source: Theorem 4.
     """
-    rate, decay = (not_schedule("adamg_star_from_sgd", x) for x in (learning_rate, weight_decay))
+    rate, decay = (reject_schedule("adamg_star_from_sgd", x) for x in (learning_rate, weight_decay))
     if not isinstance(rate, Tracer) and not isinstance(decay, Tracer):
         product: Any = np.asarray(rate * decay)
         if not (np.all(np.asarray(rate) > 0) and np.all((product >= 0) & (product < 1))):

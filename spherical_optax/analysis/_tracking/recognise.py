@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.groups import Groups, Leaf, accurate
-from spherical_optax._core.paths import Path, named_leaves
+from spherical_optax._core.groups import ArrayGroups, Groups, upcast
+from spherical_optax._core.paths import Path, leaves_with_paths
 from spherical_optax._optimizers.adamg_star import MirroredRadiusState
 from spherical_optax._optimizers.adamp import TangentialState
 from spherical_optax._transforms.constraints import RetractState
@@ -148,14 +148,14 @@ def _response(q: jax.Array, m: jax.Array, v: jax.Array | None, averaged: bool) -
     """From the updates of a small group and the moments that they left; NaN if they are not m / b."""
     tolerance = 0.01 + 4 * max(float(jnp.finfo(y.dtype).eps) for y in (q, m))
     gain = 1 - m[0] if averaged else jnp.ones_like(m[0])
-    gain, q, m = (accurate(y) for y in (gain, q, m))
+    gain, q, m = (upcast(y) for y in (gain, q, m))
     moved = q != 0
     b = m / jnp.where(moved, q, 1)
     if v is None:
         eps, expected = jnp.zeros_like(gain), b[0]
     else:
         # b is a line in sqrt(v), of which only offset over slope matters.
-        root = jnp.sqrt(accurate(v)).astype(m.dtype)
+        root = jnp.sqrt(upcast(v)).astype(m.dtype)
         slope = (b[0] - b[1]) / (root[0] - root[1])
         there = slope != 0
         eps = jnp.maximum(b[1] / jnp.where(there, slope, 1) - root[1], 0)
@@ -174,7 +174,7 @@ def moments_of(state: Any, params: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _leaves(tree: Any) -> list[tuple[Path, Any]]:
-    return named_leaves(tree, lambda x: x is None)[0]
+    return leaves_with_paths(tree, lambda x: x is None)[0]
 
 
 def _nodes(state: Any) -> Iterator[Any]:
@@ -217,7 +217,7 @@ def _count(tree: Any) -> int:
 
 
 def _arrays(tree: Any) -> list[tuple[Path, Any]]:
-    return [(path, x) for path, x in named_leaves(tree, lambda _: False)[0] if x is not None]
+    return [(path, x) for path, x in leaves_with_paths(tree, lambda _: False)[0] if x is not None]
 
 
 def _rule(path: Path, x: Any, moments: Moments) -> Rule | None:
@@ -237,7 +237,7 @@ def _along(axis: int, x: jax.Array) -> jax.Array:
 def _tiny(params: Any, groups: Groups, values: tuple[float, ...] = (0.0,) * _WIDTH) -> Any:
     """The structure of the parameters and, for each index of a block, one small group of the values."""
 
-    def shape(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
+    def shape(leaf: ArrayGroups | None, x: Any) -> tuple[int, ...]:
         sizes = [1] * jnp.ndim(x)
         if leaf is not None and leaf.axes and leaf.counts[-1] != leaf.shape[leaf.axes[-1]]:
             sizes[leaf.axes[-1]] = leaf.counts[-1]
@@ -245,12 +245,12 @@ def _tiny(params: Any, groups: Groups, values: tuple[float, ...] = (0.0,) * _WID
             sizes[axis] = _WIDTH
         return tuple(sizes)
 
-    def filled(leaf: Leaf | None, x: Any) -> jax.Array:
+    def filled(leaf: ArrayGroups | None, x: Any) -> jax.Array:
         found = jnp.zeros(shape(leaf, x), jnp.result_type(x))
         for axis in _axis(leaf, x):
             row = [_WIDTH if k == axis else 1 for k in range(jnp.ndim(x))]
             found = found + jnp.asarray(values, found.dtype).reshape(row)
-        return accurate(found)
+        return upcast(found)
 
     leaves = groups.treedef.flatten_up_to(params)
     return jax.tree.unflatten(
@@ -262,7 +262,7 @@ def _tiny(params: Any, groups: Groups, values: tuple[float, ...] = (0.0,) * _WID
     )
 
 
-def _axis(leaf: Leaf | None, x: Any) -> tuple[int, ...]:
+def _axis(leaf: ArrayGroups | None, x: Any) -> tuple[int, ...]:
     """The axis along which the small groups extend, if there is one; off the spheres the first."""
     if leaf is None:
         return tuple(range(jnp.ndim(x)))[:1]
@@ -274,7 +274,7 @@ def _fill(state: Any, first: Any, second: Any) -> Any:
 
     def other(tree: Any, values: Any) -> Any:
         by_path = dict(_arrays(values))
-        leaves, treedef = named_leaves(tree, lambda _: False)
+        leaves, treedef = leaves_with_paths(tree, lambda _: False)
         found = [
             x
             if x is None or path not in by_path

@@ -11,8 +11,8 @@ import optax
 from jax.core import Tracer
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import given, is_transformation
-from spherical_optax._core.groups import Groups, accurate
+from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.groups import Groups, upcast
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import divide, ratio, sqrt
 from spherical_optax._core.sphere import Spheres
@@ -86,7 +86,7 @@ def track(
 
     Source: Theorem 2, [11], [12] and [14].
     """
-    is_transformation("track", tx, "is no optimizer; write track(optax.adam(1e-3), spheres)")
+    require_transformation("track", tx, "is no optimizer; write track(optax.adam(1e-3), spheres)")
     if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1:
         raise ValueError(f"track: every is {every!r}, not a positive integer")
     if reduce is not None and not callable(reduce):
@@ -128,7 +128,7 @@ def track(
                 f"track: the state is a {type(state).__name__}, not one of so.track; to go on from it, "
                 "state = tracked.init(params)._replace(inner_state=state)"
             )
-        params = given(params)
+        params = require_params(params)
         groups = match(spheres, params)
         _check_shapes(state.radius, jax.eval_shape(lambda: radii(params, groups)))
         known = rules(params, groups)
@@ -204,32 +204,32 @@ def _measure(
         # One array at a time: between its sums it would leave the cache otherwise.
         q = _in(turn, _filled(q, x))
         xx, xq = (part.sum(_product, *pair) for pair in ((x, x), (x, q)))
-        radius = part.scalars(jnp.sqrt, xx)
+        radius = part.map_per_group(jnp.sqrt, xx)
         across, length = _tangent(q, x, xq, xx, part)
-        angle = part.scalars(_angle, length, xq, radius)
+        angle = part.map_per_group(_angle, length, xq, radius)
         turn = _moved(angle)
         rate: Any = [None] * len(where)
         if rule is not None:
             a = _in(turn, _filled(m if rule.momentum else g, x))
-            a = [accurate(y) / _as(s.gain, accurate(y)) for y, s in zip(a, response, strict=True)]
-            b = part.scalars(jnp.ones_like, radius)
+            a = [upcast(y) / _as(s.gain, upcast(y)) for y, s in zip(a, response, strict=True)]
+            b = part.map_per_group(jnp.ones_like, radius)
             if rule.elementwise:
                 roots = [
-                    jnp.sqrt(accurate(y)) + _as(s.eps, accurate(y))
+                    jnp.sqrt(upcast(y)) + _as(s.eps, upcast(y))
                     for y, s in zip(_in(turn, v), response, strict=True)
                 ]
                 a = [divide(y, z.astype(y.dtype)) for y, z in zip(a, roots, strict=True)]
-                b = part.scalars(sqrt, part.mean(part.sum(jnp.square, roots)))
+                b = part.map_per_group(sqrt, part.mean(part.sum(jnp.square, roots)))
             tangent, size = _tangent(a, x, part.sum(_product, x, a), xx, part)
             along = part.sum(_product, tangent, across)
             noise = max(
                 float(jnp.finfo(y.dtype).eps) for y in (*q, *(z for z in m if z is not None))
             )
-            rate = part.scalars(
+            rate = part.map_per_group(
                 functools.partial(_rate, noise), along, size, length, radius, b, angle
             )
             turn = _moved(rate)
-        total = part.scalars(_whole, length, xq, radius)
+        total = part.map_per_group(_whole, length, xq, radius)
         cosine = radial_cosine(xq, radius, total, part)
         for column, values in zip(found, (radius, angle, rate, cosine), strict=True):
             for i, value in zip(where, values, strict=True):
@@ -248,9 +248,9 @@ def _filled(leaves: list[Any], like: list[Any]) -> list[Any]:
 
 def _tangent(y: list[Any], x: list[Any], xy: Any, xx: Any, part: Groups) -> tuple[list[Any], Any]:
     """y_perp and its length: not from ||y||^2, of which too little is left if y is nearly radial."""
-    radial = part.scalars(functools.partial(ratio, otherwise=0.0), xy, xx)
+    radial = part.map_per_group(functools.partial(ratio, otherwise=0.0), xy, xx)
     tangent = part.map(lambda y, x, c: y - c * x, y, x, radial)
-    return tangent, part.scalars(jnp.sqrt, part.sum(jnp.square, tangent))
+    return tangent, part.map_per_group(jnp.sqrt, part.sum(jnp.square, tangent))
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
