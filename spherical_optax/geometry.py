@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.groups import Groups, upcast
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.projection import remove_radial
-from spherical_optax._core.safe_math import ratio, sqrt
+from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
 from spherical_optax._core.sphere import Spheres
 
 __all__ = [
@@ -105,7 +105,7 @@ def direction(x: Any, spheres: Spheres) -> Any:
     Source: section 2.1 of the paper.
     """
     groups = match(spheres, x)
-    return scale(x, groups.map_per_group(lambda r: ratio(1.0, r), norm(x, groups)), groups)
+    return scale(x, groups.map_per_group(lambda r: divide_or_one(1.0, r), norm(x, groups)), groups)
 
 
 def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
@@ -169,7 +169,7 @@ def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
     # <m, w> = <m, u + w> and 1 + <u, w> = ||u + w||^2 / 2, which keeps its digits near the antipode.
     bend = groups.map_per_group(
         lambda mw, ss, uu, ww: jnp.where(
-            (uu > 0) & (ww > 0), ratio(2 * mw, ss, otherwise=0.0), 0.0
+            is_zero(uu) | is_zero(ww), 0.0, divide_or_zero(2 * mw, ss)
         ),
         dot(tangent, both, groups),
         dot(both, both, groups),
@@ -203,7 +203,7 @@ def exp(point: Any, velocity: Any, spheres: Spheres) -> Any:
     """
     groups = match(spheres, point)
     length = norm(velocity, groups)
-    sinc = groups.map_per_group(lambda n: ratio(jnp.sin(n), n), length)
+    sinc = groups.map_per_group(lambda n: divide_or_one(jnp.sin(n), n), length)
     return groups.map(
         lambda u, v, n, s: jnp.cos(n) * u + s * v, point, velocity, length, sinc, off=_straight
     )
@@ -236,7 +236,7 @@ def log(start: Any, end: Any, spheres: Spheres) -> Any:
     groups = match(spheres, start)
     u, w = _unit(start, groups), _unit(end, groups)
     tangent = project(u, w, groups)
-    factor = groups.map_per_group(ratio, angle(start, end, groups), norm(tangent, groups))
+    factor = groups.map_per_group(divide_or_one, angle(start, end, groups), norm(tangent, groups))
     velocity = scale(tangent, factor, groups)
     return groups.map(lambda _, v, w: v, start, velocity, end, off=lambda x, _, y: y - x)
 
@@ -271,7 +271,9 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
         radius = groups.map_per_group(lambda r: jnp.full_like(r, radius), before)
     after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
     factor = groups.map_per_group(
-        lambda wanted, r, yy: jnp.where((wanted <= 0) | (r <= 0), 1.0, ratio(wanted, sqrt(yy))),
+        lambda wanted, r, yy: jnp.where(
+            is_zero(wanted) | is_zero(r), 1.0, divide_or_one(wanted, sqrt(yy))
+        ),
         radius,
         before,
         after,
@@ -302,7 +304,7 @@ def angle(start: Any, end: Any, spheres: Spheres) -> Any:
     along = groups.sum(lambda a, b: jnp.square(a + b), u, w)
 
     def of(a, b, uu, ww):
-        nowhere = (uu <= 0) | (ww <= 0)
+        nowhere = is_zero(uu) | is_zero(ww)
         return jnp.where(nowhere, 0.0, 2 * jnp.arctan2(sqrt(a), jnp.where(nowhere, 1.0, sqrt(b))))
 
     return groups.map_per_group(of, apart, along, dot(u, u, groups), dot(w, w, groups))

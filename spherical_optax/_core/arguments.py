@@ -36,14 +36,14 @@ def require_constant_decay(caller: str, value: Any) -> Any:
     )
 
 
-def is_zero(value: Any) -> bool:
+def is_constant_zero(value: Any) -> bool:
     """A zero that is known already, so that what it is a factor of can be left out."""
     return type(value) in (int, float) and value == 0
 
 
 def weight_decay_at(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
     """The L2 coefficient of this step; None for a constant zero, which needs no parameters."""
-    if is_zero(weight_decay):
+    if is_constant_zero(weight_decay):
         return None
     return weight_decay(count) if callable(weight_decay) else weight_decay
 

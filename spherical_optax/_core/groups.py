@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from spherical_optax._core.safe_math import upcast
+
 
 @dataclasses.dataclass(frozen=True)
 class ArrayGroups:
@@ -173,9 +175,3 @@ class Groups:
     def off(self) -> Any:
         """True on the leaves off the spheres: a mask for `optax.masked`."""
         return self._unflatten([leaf is None for leaf in self.leaves])
-
-
-def upcast(x: Any) -> jax.Array:
-    """In at least float32: what every reduction of the package accumulates in."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from spherical_optax._core.groups import Groups
-from spherical_optax._core.safe_math import ratio
+from spherical_optax._core.safe_math import divide_or_zero
 
 
 def remove_radial(point: Any, vectors: Any, qx: Any, xx: Any, groups: Groups) -> Any:
     """`project`, given the inner products <q, x> and <x, x>."""
     # -0.0 as in `_arithmetic.divide`.
-    radial = groups.map_per_group(lambda qx, xx: ratio(qx, xx, otherwise=-0.0), qx, xx)
+    radial = groups.map_per_group(lambda qx, xx: divide_or_zero(qx, xx), qx, xx)
     return groups.map(lambda q, x, c: q - c * x, vectors, point, radial)
 
 

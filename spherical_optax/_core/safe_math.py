@@ -1,4 +1,8 @@
-"""Every division and root that is safe at zero."""
+"""Every division and root that is safe at zero, in value and in gradient.
+
+One rule for zero: a number whose reciprocal may overflow, |x| below the smallest normal number of its
+dtype or of float32, is zero. NaN is not zero, and shows.
+"""
 
 import functools
 from typing import Any
@@ -7,37 +11,60 @@ import jax
 import jax.numpy as jnp
 
 
-def ratio(a: Any, b: Any, otherwise: float = 1.0) -> jax.Array:
-    """a / b, and `otherwise` where b is not positive: what a group of radius zero gets.
-
-    Here and below it is zero that is asked for, so that NaN stays NaN.
-    """
-    return jnp.where(vanishes(b), otherwise, a / or_one(b))
+def upcast(x: Any) -> jax.Array:
+    """x in at least float32, the precision of every reduction of the package."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def vanishes(x: jax.Array) -> jax.Array:
-    """Not positive, or so small that dividing by it overflows; NaN is not."""
-    return x < (jnp.finfo(x.dtype).tiny if jnp.issubdtype(x.dtype, jnp.floating) else 1)
+def is_zero(x: Any) -> jax.Array:
+    """Whether |x| is so small that 1 / x may overflow."""
+    x = upcast(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x == 0
+    return jnp.abs(x) < float(jnp.finfo(x.dtype).tiny)
 
 
-def or_one(x: jax.Array) -> jax.Array:
-    """x, and 1 where that is zero: what can be divided by."""
-    return jnp.where(vanishes(x), 1.0, x)
+def divide_or_zero(a: Any, b: Any) -> jax.Array:
+    """a / b, and 0 where b is zero: a group of radius zero has no direction."""
+    return jnp.where(is_zero(b), 0.0, a / _nonzero(b))
 
 
-def sqrt(x: jax.Array) -> jax.Array:
-    """Zero at zero in value and gradient, as all lengths here."""
-    return jnp.where(vanishes(x), 0.0, jnp.sqrt(or_one(x)))
+def divide_or_one(a: Any, b: Any) -> jax.Array:
+    """a / b, and 1 where b is zero: the factor that leaves a group as it is."""
+    return jnp.where(is_zero(b), 1.0, a / _nonzero(b))
+
+
+def divide_or_infinity(a: Any, b: Any) -> jax.Array:
+    """a / b, infinity where b alone is zero, and 0 where both are: the tangent of a right angle."""
+    at_zero = jnp.where(is_zero(a), 0.0, jnp.inf)
+    return jnp.where(is_zero(b), at_zero, a / _nonzero(b))
 
 
 @functools.partial(jax.jit, inline=True)
-def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, and 0 where b is 0; but what is not finite shows."""
-    # -0.0 is equal to 0.0, but another constant: XLA on a CPU orders the sums over groups, which start
-    # from 0.0, by who else has that constant, and sums of one array should follow one another. And b is
-    # replaced rather than the quotient: a choice within it would round differently from place to place.
+def divide_arrays(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The step a / b of whole arrays, and 0 where b is zero; a numerator that is not finite shows.
+
+    The denominator is replaced, and not the quotient, because XLA fuses a choice between quotients
+    differently from program to program, and they round differently (JAX 0.10, CPU).
+    """
     if not jnp.issubdtype(b.dtype, jnp.inexact):
         b = b.astype(jnp.result_type(float))
         a = a.astype(b.dtype)
-    nothing = b == jnp.full_like(b, -0.0)
-    return a / jnp.where(nothing, jnp.full_like(b, jnp.inf), b)
+    return a / jnp.where(is_zero(b), jnp.full_like(b, jnp.inf), b)
+
+
+def sqrt(x: jax.Array) -> jax.Array:
+    """The square root of a sum of squares; 0 at zero, as is its gradient."""
+    zero = is_zero(x) | (x < 0)  # rounding may leave a negative sum
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
+def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(a^2 + b^2)^(1/2) without overflow; 0 where both are zero, as is its gradient."""
+    zero = is_zero(a) & is_zero(b)
+    return jnp.where(zero, 0.0, jnp.hypot(jnp.where(zero, 1.0, a), b))
+
+
+def _nonzero(x: Any) -> jax.Array:
+    return jnp.where(is_zero(x), 1.0, x)

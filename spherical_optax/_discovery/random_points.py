@@ -11,8 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 
-from spherical_optax._core.groups import upcast
 from spherical_optax._core.paths import leaves_with_paths
+from spherical_optax._core.safe_math import upcast
 
 
 class Function:

@@ -10,7 +10,7 @@ from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.matching import match
 from spherical_optax._core.projection import zeros_per_group
-from spherical_optax._core.safe_math import ratio
+from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
 
@@ -85,14 +85,14 @@ def _scale_by_mirrored_radius(
 
         # At the first step, and for a filter that was zero so far, the SGD is where the parameters are.
         mirrored = groups.map_per_group(
-            lambda s, xx: jnp.where(s > 0, s, xx), state.radius_squared, square
+            lambda s, xx: jnp.where(is_zero(s), xx, s), state.radius_squared, square
         )
         rate = groups.map_per_group(
-            lambda s, xx: _as(eta, s) / _as(shrink, s) * ratio(xx, s), mirrored, square
+            lambda s, xx: _as(eta, s) / _as(shrink, s) * divide_or_one(xx, s), mirrored, square
         )
         following = groups.map_per_group(
             lambda s, r, g: (
-                _as(shrink, s) * _hypot(_as(shrink, s) * s, 2**0.5 * _as(eta, s) * r * g)
+                _as(shrink, s) * hypot(_as(shrink, s) * s, 2**0.5 * _as(eta, s) * r * g)
             ),
             mirrored,
             geometry.norm(params, groups),
@@ -105,12 +105,6 @@ def _scale_by_mirrored_radius(
         return updates, MirroredRadiusState(count, groups.as_state(following, state.radius_squared))
 
     return Transformation(init, update)
-
-
-def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(a^2 + b^2)^(1/2) without overflow, and with gradient 0 at 0."""
-    zero = (a <= 0) & (b <= 0)
-    return jnp.where(zero, 0.0, jnp.hypot(jnp.where(zero, 1.0, a), b))
 
 
 def _as(value: Any, like: jax.Array) -> jax.Array:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import is_zero, require_params, weight_decay_at
+from spherical_optax._core.arguments import is_constant_zero, require_params, weight_decay_at
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import ratio, sqrt
+from spherical_optax._core.safe_math import divide_or_zero, sqrt
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._core.trees import as_dtype, cast_like, drop_missing
 from spherical_optax._transforms.momentum import ema, trace
@@ -205,7 +205,7 @@ def _guessed(
     def invariant(gg, gx, xx, *, size):
         least = as_dtype(eps, gg.dtype)
         lengths = jnp.maximum(sqrt(gg), least) * jnp.maximum(sqrt(xx), least)
-        cosine = ratio(jnp.abs(gx), lengths, otherwise=0.0)
+        cosine = divide_or_zero(jnp.abs(gx), lengths)
         return jnp.all(cosine < as_dtype(delta, gg.dtype) / size**0.5) if size > 1 else False
 
     def test(step, *sums):
@@ -218,7 +218,7 @@ def _guessed(
 
     def coefficient(found, px, xx):
         def of(px, xx):
-            return ratio(px, (sqrt(xx) + as_dtype(eps, xx.dtype)) ** 2, 0.0)
+            return divide_or_zero(px, (sqrt(xx) + as_dtype(eps, xx.dtype)) ** 2)
 
         by_layer = jnp.where(found == layer_wise, of(_total(px), _total(xx)), 0.0)
         return jnp.where(found == filter_wise, of(px, xx), by_layer)
@@ -249,10 +249,10 @@ def _or_else(tree: Any, other: Any) -> Any:
 
 def _over_rest(weight_decay: Scalar, momentum: Any) -> Scalar:
     """weight_decay / (1 - momentum)"""
-    if is_zero(weight_decay):
+    if is_constant_zero(weight_decay):
         return 0.0
     rest = 1 - momentum
-    if is_zero(rest):
+    if is_constant_zero(rest):
         raise ValueError("sgdp: momentum is 1, so there is no weight_decay / (1 - momentum)")
     if callable(weight_decay):
         return lambda count: weight_decay(count) / rest

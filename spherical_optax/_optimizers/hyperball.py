@@ -7,8 +7,9 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from spherical_optax._core.arguments import require_params, require_transformation
-from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like, upcast
+from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.matching import match
+from spherical_optax._core.safe_math import upcast
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 from spherical_optax._transforms.constraints import normalize, retract

@@ -12,9 +12,9 @@ from jax.core import Tracer
 
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
-from spherical_optax._core.groups import Groups, upcast
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import ratio
+from spherical_optax._core.safe_math import divide_or_one, is_zero, upcast
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 
@@ -79,7 +79,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         del extra_args
         groups = match(spheres, updates).with_tangent_space()
         factor = groups.map_per_group(
-            lambda r, q: jnp.where(r <= 0, 1.0, ratio(r, q)),
+            lambda r, q: jnp.where(is_zero(r), 1.0, divide_or_one(r, q)),
             geometry.norm(require_params(params), groups),
             geometry.norm(updates, groups),
         )
@@ -152,7 +152,7 @@ def retract(
         if keep:
             # Zero-initialised filters keep the first radius that they get.
             wanted = groups.map_per_group(
-                lambda kept, now: jnp.where(kept > 0, kept, now),
+                lambda kept, now: jnp.where(is_zero(kept), now, kept),
                 state.kept,
                 geometry.norm(require_params(params), groups),
             )
@@ -204,7 +204,7 @@ def _against_rounding(target: Any, params: Any, groups: Groups) -> Any:
         return geometry.norm(jax.tree.map(landed, params, tree), groups)
 
     goal, first = geometry.norm(target, groups), length(target)
-    factor = groups.map_per_group(ratio, goal, first)
+    factor = groups.map_per_group(divide_or_one, goal, first)
     second = length(geometry.scale(target, factor, groups))
     factor = groups.map_per_group(
         lambda r, a, b, f: jnp.where(jnp.abs(b - r) < jnp.abs(a - r), f, 1.0),

@@ -16,7 +16,7 @@ from spherical_optax._core.arguments import require_constant_decay, require_para
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.projection import remove_radial, zeros_per_group
-from spherical_optax._core.safe_math import ratio, sqrt
+from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import add_decay, as_dtype, cast_like, drop_missing, mix
 from spherical_optax._core.trees import debias as unbias
@@ -230,7 +230,7 @@ def _isometry(mm: Any, before: Any, now: Any, xx: Any, coming: Any, m: Any) -> j
     tiny = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
     # `coming` only has to be known: a sum over the parameters that nothing waited for would make XLA
     # copy them all before it overwrites them.
-    there = (old > tiny) & (new > tiny) & (xx > 0) & jnp.isfinite(coming)
+    there = (old > tiny) & (new > tiny) & ~is_zero(xx) & jnp.isfinite(coming)
     return jnp.sqrt(jnp.where(there, old, 1.0) / jnp.where(there, new, 1.0))
 
 
@@ -238,11 +238,13 @@ def _radial(qx: Any, radius: Any, groups: Groups, l2: Any = None) -> Any:
     """<q + l2 x, u> of each group, from <q, x>."""
 
     def of(qx, r):
-        return ratio(qx, r, otherwise=0.0) + (0.0 if l2 is None else as_dtype(l2, r.dtype) * r)
+        return divide_or_zero(qx, r) + (0.0 if l2 is None else as_dtype(l2, r.dtype) * r)
 
     return groups.map_per_group(of, qx, radius)
 
 
 def change(before: Any, now: Any, groups: Groups) -> Any:
     """before / now of group-sized trees, and 1 for groups that were or are zero."""
-    return groups.map_per_group(lambda b, n: jnp.where(b <= 0, 1.0, ratio(b, n)), before, now)
+    return groups.map_per_group(
+        lambda b, n: jnp.where(is_zero(b), 1.0, divide_or_one(b, n)), before, now
+    )

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from spherical_optax._core.arguments import require_transformation
-from spherical_optax._core.safe_math import divide
+from spherical_optax._core.safe_math import divide_arrays
 from spherical_optax._transforms.inner_products import Products, shares
 
 
@@ -52,7 +52,7 @@ def quotient(
             extra_args |= {"inner_products": Products()}
         top, a_state = a.update(updates, state.a, params, **extra_args)
         bottom, b_state = b.update(updates, state.b, params, **extra_args)
-        updates = jax.tree.map(divide, top, bottom)
+        updates = jax.tree.map(divide_arrays, top, bottom)
         return updates, QuotientState(a_state, b_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,7 +8,7 @@ import optax
 
 from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import or_one, vanishes
+from spherical_optax._core.safe_math import is_zero
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import (
     abs_squared,
@@ -112,7 +112,9 @@ def rms(
         if rescale:
             nu = groups.map_per_group(_kept, nu, xx, off=_first)
             # From what is kept: else XLA computes that twice, and copies the old one for it.
-            v = groups.map_per_group(lambda nu, xx: abs(nu) / or_one(xx), nu, xx, off=_first)
+            v = groups.map_per_group(
+                lambda nu, xx: abs(nu) / jnp.where(is_zero(xx), 1.0, xx), nu, xx, off=_first
+            )
         v = debias(drop_missing(updates, v), decay, count)
         out = groups.map_per_group(_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
         out = jax.tree.map(lambda b: b + as_dtype(eps, b.dtype), out)
@@ -127,7 +129,7 @@ def _arriving(kept: jax.Array, now: jax.Array, xx: jax.Array, began: Any) -> jax
     """r^2 v at the present radius, or v where it is zero, of what was kept at another."""
     zero, v = jnp.signbit(kept) | ~began, abs(kept)
     return jnp.where(
-        vanishes(xx),
+        is_zero(xx),
         jnp.where(zero, v, now),
         jnp.where(zero, _squared_radius_times(v, xx), v),
     )
@@ -135,13 +137,13 @@ def _arriving(kept: jax.Array, now: jax.Array, xx: jax.Array, began: Any) -> jax
 
 def _squared_radius_times(v: jax.Array, xx: jax.Array) -> jax.Array:
     """r^2 v, or v where r is zero; finite if v is: weight decay alone makes it grow with r^4."""
-    product = jnp.minimum(or_one(xx) * v, jnp.finfo(v.dtype).max / 2)
+    product = jnp.minimum(jnp.where(is_zero(xx), 1.0, xx) * v, jnp.finfo(v.dtype).max / 2)
     return jnp.where(jnp.isinf(v), v, product)
 
 
 def _kept(nu: jax.Array, xx: jax.Array) -> jax.Array:
     """r^2 v, and -v where r is zero."""
-    return jnp.where(vanishes(xx), -nu, nu)
+    return jnp.where(is_zero(xx), -nu, nu)
 
 
 def _root(v: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from spherical_optax import geometry
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import ratio
+from spherical_optax._core.safe_math import divide_or_zero
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import as_dtype
 
@@ -74,7 +74,7 @@ def decompose_momentum(
         geometry.scale(past_grads, radius, groups),
         geometry.scale(
             past_points,
-            groups.map_per_group(lambda r: ratio(1.0, r, otherwise=0.0), radius),
+            groups.map_per_group(lambda r: divide_or_zero(1.0, r), radius),
             groups,
         ),
     )

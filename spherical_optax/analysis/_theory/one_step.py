@@ -9,7 +9,14 @@ from spherical_optax import geometry
 from spherical_optax._core.arguments import reject_schedule
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import divide, ratio, sqrt
+from spherical_optax._core.safe_math import (
+    divide_arrays,
+    divide_or_infinity,
+    divide_or_one,
+    divide_or_zero,
+    is_zero,
+    sqrt,
+)
 from spherical_optax._core.sphere import Spheres
 
 
@@ -79,10 +86,10 @@ def image_step(
     radius = geometry.norm(params, groups)
     rms = groups.map_per_group(sqrt, groups.mean(geometry.dot(b, b, groups)))
     # c without its factor r d^{-1/2} ||b||, which `along` and `across` below put together with A.
-    quotient = groups.map(lambda _, a, b: divide(a, b), params, a, b, off=_quotient)
+    quotient = groups.map(lambda _, a, b: divide_arrays(a, b), params, a, b, off=_quotient)
     tangent = geometry.project(params, quotient, groups)
     radial = groups.map_per_group(
-        lambda q, r: ratio(q, r * r, otherwise=0.0),
+        lambda q, r: divide_or_zero(q, r * r),
         geometry.dot(quotient, params, groups),
         radius,
     )
@@ -93,12 +100,12 @@ def image_step(
 
     along = groups.map_per_group(lambda q: 1 - scaled(q), radial)  # 1 - A <c, u>
     across = groups.map_per_group(
-        lambda t, r: scaled(ratio(t, r, otherwise=0.0)),
+        lambda t, r: scaled(divide_or_zero(t, r)),
         geometry.norm(tangent, groups),
         radius,
     )  # A ||c_perp||
     rate = groups.map_per_group(
-        lambda r, b, q: over(scaled(ratio(1.0, r * r * b, otherwise=0.0)), q),
+        lambda r, b, q: divide_or_infinity(scaled(divide_or_zero(1.0, r * r * b)), q),
         radius,
         rms,
         along,
@@ -151,9 +158,9 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
     radius = geometry.norm(params, groups)
     tangent = geometry.project(params, updates, groups)
     radial = geometry.dot(updates, params, groups)
-    along = groups.map_per_group(lambda qx, r: 1 + ratio(qx, r * r, otherwise=0.0), radial, radius)
+    along = groups.map_per_group(lambda qx, r: 1 + divide_or_zero(qx, r * r), radial, radius)
     across = groups.map_per_group(
-        lambda t, r: ratio(t, r, otherwise=0.0), geometry.norm(tangent, groups), radius
+        lambda t, r: divide_or_zero(t, r), geometry.norm(tangent, groups), radius
     )
     following = groups.map(
         lambda x, q: x + q, params, updates, off=lambda x, q: x if q is None else x + _cast(q, x)
@@ -161,30 +168,25 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
     next_radius = _next_radius(following, along, across, radius, groups)
     return MeasuredStep(
         groups.map_per_group(jnp.arctan2, across, along),
-        groups.map_per_group(over, across, along),
+        groups.map_per_group(divide_or_infinity, across, along),
         geometry.scale(
             tangent,
-            groups.map_per_group(_per_radius, radius, along),
+            groups.map_per_group(lambda r, q: divide_or_zero(1.0, r * q), radius, along),
             groups,
         ),
         radius,
         next_radius,
-        groups.map_per_group(ratio, next_radius, radius),
+        groups.map_per_group(divide_or_one, next_radius, radius),
         radial_cosine(radial, radius, geometry.norm(updates, groups), groups),
         geometry.direction(following, groups),
     )
-
-
-def _per_radius(r: jax.Array, along: jax.Array) -> jax.Array:
-    there = (r > 0) & (along != 0)
-    return jnp.where(there, 1 / jnp.where(there, r * along, 1.0), 0.0)
 
 
 def radial_cosine(radial: Any, radius: Any, length: Any, groups: Groups) -> Any:
     """<q, x> / (||q|| ||x||), and 0 where there is no angle."""
 
     def cosine(qx: jax.Array, r: jax.Array, q: jax.Array) -> jax.Array:
-        found = ratio(ratio(qx, r, otherwise=0.0), q, otherwise=0.0)
+        found = divide_or_zero(divide_or_zero(qx, r), q)
         return jnp.where(jnp.isnan(q), q, jnp.clip(found, -1, 1))
 
     return groups.map_per_group(cosine, radial, radius, length)
@@ -193,7 +195,7 @@ def radial_cosine(radial: Any, radius: Any, length: Any, groups: Groups) -> Any:
 def _next_radius(following: Any, along: Any, across: Any, radius: Any, groups: Groups) -> Any:
     """[14], and the length of the step itself for groups that were zero."""
     return groups.map_per_group(
-        lambda n, q, t, r: jnp.where(r > 0, r * jnp.hypot(q, t), n),
+        lambda n, q, t, r: jnp.where(is_zero(r), n, r * jnp.hypot(q, t)),
         geometry.norm(following, groups),
         along,
         across,
@@ -209,14 +211,8 @@ def _like(tree: Any, params: Any) -> Any:
 
 
 def _quotient(x: Any, a: Any, b: Any) -> Any:
-    return None if a is None else divide(_cast(a, x), _cast(b, x))
+    return None if a is None else divide_arrays(_cast(a, x), _cast(b, x))
 
 
 def _cast(x: Any, like: Any) -> jax.Array:
     return jnp.asarray(x, jnp.result_type(like))
-
-
-def over(a: Any, b: jax.Array) -> jax.Array:
-    """a / b, infinite where b is 0, but 0 where both are."""
-    there = b != 0
-    return jnp.where(there, a / jnp.where(there, b, 1.0), jnp.where(a == 0, 0.0, jnp.inf))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from spherical_optax import geometry
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import ratio, sqrt
+from spherical_optax._core.safe_math import divide_or_zero, sqrt
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import as_dtype
 
@@ -55,7 +55,10 @@ def effective_sgd(
     radius = geometry.norm(params, groups)
     shrink = 1 - jnp.asarray(learning_rate) * jnp.asarray(weight_decay)
     rate = groups.map_per_group(
-        lambda r: _per(as_dtype(learning_rate, r.dtype), r * r * as_dtype(shrink, r.dtype)), radius
+        lambda r: divide_or_zero(
+            as_dtype(learning_rate, r.dtype), r * r * as_dtype(shrink, r.dtype)
+        ),
+        radius,
     )
     return EffectiveStep(rate, geometry.scale(grads, radius, groups))
 
@@ -143,7 +146,7 @@ def effective_adam(
     rms = groups.map_per_group(sqrt, groups.mean(geometry.dot(b, b, groups)))
     # a / (b / rms), so that c is r times it, as in the other schemes.
     a = groups.map(
-        lambda m, b, rms: m / gain.astype(m.dtype) * ratio(rms, b, otherwise=0.0),
+        lambda m, b, rms: m / gain.astype(m.dtype) * divide_or_zero(rms, b),
         mu,
         b,
         rms,
@@ -165,16 +168,12 @@ def _momentum(
 
     def rate(r, b, ax):
         eta = as_dtype(learning_rate, r.dtype)
-        return _per(eta, r * r * b - eta * ax)  # <c, u> = <a, x>
+        return divide_or_zero(eta, r * r * b - eta * ax)  # <c, u> = <a, x>
 
     rates = groups.map_per_group(
-        lambda r, b, ax: jnp.where(r <= 0, 0.0, rate(r, b, ax)),
+        rate,
         radius,
         rms,
         geometry.dot(a, params, groups),
     )
     return EffectiveStep(rates, geometry.scale(geometry.project(params, a, groups), radius, groups))
-
-
-def _per(a: Any, b: jax.Array) -> jax.Array:
-    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.groups import ArrayGroups, Groups, upcast
+from spherical_optax._core.groups import ArrayGroups, Groups
 from spherical_optax._core.paths import Path, leaves_with_paths
+from spherical_optax._core.safe_math import upcast
 from spherical_optax._optimizers.adamg_star import MirroredRadiusState
 from spherical_optax._optimizers.adamp import TangentialState
 from spherical_optax._transforms.constraints import RetractState

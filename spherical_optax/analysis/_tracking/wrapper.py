@@ -12,9 +12,15 @@ from jax.core import Tracer
 
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params, require_transformation
-from spherical_optax._core.groups import Groups, upcast
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.safe_math import divide, ratio, sqrt
+from spherical_optax._core.safe_math import (
+    divide_arrays,
+    divide_or_one,
+    divide_or_zero,
+    sqrt,
+    upcast,
+)
 from spherical_optax._core.sphere import Spheres
 from spherical_optax.analysis._theory.one_step import radial_cosine
 from spherical_optax.analysis._tracking import recognise
@@ -218,7 +224,7 @@ def _measure(
                     jnp.sqrt(upcast(y)) + _as(s.eps, upcast(y))
                     for y, s in zip(_in(turn, v), response, strict=True)
                 ]
-                a = [divide(y, z.astype(y.dtype)) for y, z in zip(a, roots, strict=True)]
+                a = [divide_arrays(y, z.astype(y.dtype)) for y, z in zip(a, roots, strict=True)]
                 b = part.map_per_group(sqrt, part.mean(part.sum(jnp.square, roots)))
             tangent, size = _tangent(a, x, part.sum(_product, x, a), xx, part)
             along = part.sum(_product, tangent, across)
@@ -248,7 +254,7 @@ def _filled(leaves: list[Any], like: list[Any]) -> list[Any]:
 
 def _tangent(y: list[Any], x: list[Any], xy: Any, xx: Any, part: Groups) -> tuple[list[Any], Any]:
     """y_perp and its length: not from ||y||^2, of which too little is left if y is nearly radial."""
-    radial = part.map_per_group(functools.partial(ratio, otherwise=0.0), xy, xx)
+    radial = part.map_per_group(divide_or_zero, xy, xx)
     tangent = part.map(lambda y, x, c: y - c * x, y, x, radial)
     return tangent, part.map_per_group(jnp.sqrt, part.sum(jnp.square, tangent))
 
@@ -268,9 +274,9 @@ def _rate(noise: float, along: Any, p: Any, q: Any, radius: Any, b: Any, angle: 
     retraction) is in the angle. What turns it is not: then a and b are not what the state says, and the
     rate is not known. `p` and `q` are the lengths of the tangential parts, `along` is their product.
     """
-    rate = ratio(jnp.tan(angle), radius * b * p, otherwise=0.0)
+    rate = divide_or_zero(jnp.tan(angle), radius * b * p)
     # The sine of the angle between them, against the rounding of the update and the momentum.
-    apart = sqrt(jnp.maximum(1 - jnp.square(ratio(along, p * q)), 0.0))
+    apart = sqrt(jnp.maximum(1 - jnp.square(divide_or_one(along, p * q)), 0.0))
     parallel = (along <= 0) & (apart < 0.01 + 4 * noise)
     return jnp.where((p == 0) | (q == 0), 0.0, jnp.where(parallel, rate, jnp.nan))
 
@@ -278,13 +284,13 @@ def _rate(noise: float, along: Any, p: Any, q: Any, radius: Any, b: Any, angle: 
 def _angle(across: jax.Array, xq: jax.Array, radius: jax.Array) -> jax.Array:
     """Of x + q to x, for q of length `across` beside x, and 0 for what is nowhere on the sphere."""
     there = radius != 0
-    along = 1 + ratio(ratio(xq, radius, otherwise=0.0), radius, otherwise=0.0)
+    along = 1 + divide_or_zero(divide_or_zero(xq, radius), radius)
     return jnp.where(there, jnp.arctan2(across, jnp.where(there, radius, 1.0) * along), 0.0)
 
 
 def _whole(across: jax.Array, xq: jax.Array, radius: jax.Array) -> jax.Array:
     """||q|| from its two parts."""
-    return jnp.hypot(across, ratio(xq, radius, otherwise=0.0))
+    return jnp.hypot(across, divide_or_zero(xq, radius))
 
 
 def _only(tree: Any, rules: list[Any], groups: Groups) -> Any:
