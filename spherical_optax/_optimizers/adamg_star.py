@@ -9,6 +9,7 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.matching import match
+from spherical_optax._core.moments import Moments
 from spherical_optax._core.projection import zeros_per_group
 from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
 from spherical_optax._core.sphere import Spheres
@@ -55,6 +56,8 @@ def adamg_star(
 
 class MirroredRadiusState(NamedTuple):
     """State of `adamg_star`."""
+
+    MOMENTS = Moments()
 
     count: jax.typing.ArrayLike  # steps taken, int32
     radius_squared: optax.Updates  # per group, of the SGD that is mirrored

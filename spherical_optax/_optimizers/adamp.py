@@ -9,6 +9,7 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._core.arguments import is_constant_zero, require_params, weight_decay_at
 from spherical_optax._core.matching import match
+from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_zero, sqrt
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._core.trees import as_dtype, cast_like, drop_missing
@@ -139,6 +140,8 @@ def sgdp(
 
 class TangentialState(NamedTuple):
     """State of `adamp` and `sgdp` but for the learning rate's."""
+
+    MOMENTS = Moments()
 
     count: jax.typing.ArrayLike  # steps taken, int32
     direction: optax.OptState

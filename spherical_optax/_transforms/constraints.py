@@ -14,6 +14,7 @@ from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
+from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_one, is_zero, upcast
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
@@ -100,6 +101,8 @@ def _checks(spheres: Spheres) -> Callable[..., Any]:
 
 class RetractState(NamedTuple):
     """State of `retract` with radius "initial"."""
+
+    MOMENTS = Moments()
 
     kept: optax.Updates  # the radius per group at `init`
 

@@ -15,6 +15,7 @@ from spherical_optax import geometry
 from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
+from spherical_optax._core.moments import Moments
 from spherical_optax._core.projection import remove_radial, zeros_per_group
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt
 from spherical_optax._core.sphere import Spheres
@@ -26,6 +27,8 @@ from spherical_optax._transforms.inner_products import Products, known, sharing
 class EmaState(NamedTuple):
     """State of `ema`."""
 
+    MOMENTS = Moments(average="ema")
+
     count: jax.typing.ArrayLike  # steps taken, int32
     ema: optax.Updates
     kept: Any  # None, or per group: <m, u> (transport alone) or r (rescale alone)
@@ -33,6 +36,8 @@ class EmaState(NamedTuple):
 
 class TraceState(NamedTuple):
     """State of `trace`."""
+
+    MOMENTS = Moments(sum="trace")
 
     trace: optax.Updates
     kept: Any

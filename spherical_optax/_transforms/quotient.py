@@ -6,12 +6,15 @@ import jax
 import optax
 
 from spherical_optax._core.arguments import require_transformation
+from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_arrays
 from spherical_optax._transforms.inner_products import Products, shares
 
 
 class QuotientState(NamedTuple):
     """State of `quotient`."""
+
+    MOMENTS = Moments()
 
     a: optax.OptState
     b: optax.OptState

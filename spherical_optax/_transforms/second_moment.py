@@ -8,6 +8,7 @@ import optax
 
 from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
 from spherical_optax._core.matching import match
+from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import is_zero
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import (
@@ -24,6 +25,8 @@ from spherical_optax._transforms.inner_products import Products, known, sharing
 
 class RmsState(NamedTuple):
     """State of `rms`."""
+
+    MOMENTS = Moments(square="nu")
 
     count: jax.typing.ArrayLike  # steps taken, int32
     nu: optax.Updates  # on the spheres one number per group: v, or r^2 v with `rescale`
