@@ -11,19 +11,12 @@ from spherical_optax._core.matching import spheres_where
 from spherical_optax._core.sphere import Sphere
 from spherical_optax._discovery.check import check_spheres
 from spherical_optax._discovery.find import find_spheres, survey_spheres
+from spherical_optax._optimizers.adam_variants import adam, adamg, adams, adamsrt, adamst
 from spherical_optax._optimizers.adamg_star import adamg_star
 from spherical_optax._optimizers.adamp import adamp, sgdp
 from spherical_optax._optimizers.hyperball import adamh, hyperball, muonh
-from spherical_optax._optimizers.paper_variants import (
-    VARIANTS,
-    adam,
-    adamg,
-    adams,
-    adamsrt,
-    adamst,
-    sgd,
-    sgd_mrt,
-)
+from spherical_optax._optimizers.sgd_variants import sgd, sgd_mrt
+from spherical_optax._optimizers.variants import VARIANTS
 from spherical_optax._transforms.constraints import normalize, project, retract
 from spherical_optax._transforms.momentum import ema, trace
 from spherical_optax._transforms.quotient import quotient

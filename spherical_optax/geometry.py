@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.projection import remove_radial
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
 from spherical_optax._core.sphere import Spheres
 
@@ -131,7 +130,7 @@ def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
     """
     groups = match(spheres, vectors)
     qx, xx = dot(vectors, point, groups), dot(point, point, groups)
-    return remove_radial(point, vectors, qx, xx, groups)
+    return groups.map(lambda q, x, qx, xx: q - divide_or_zero(qx, xx) * x, vectors, point, qx, xx)
 
 
 def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:

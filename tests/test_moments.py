@@ -112,20 +112,29 @@ class TestRms:
             np.testing.assert_allclose(denominator["w"][0], expected, rtol=1e-12)
 
     def test_rescale_of_groups_that_are_zero(self):
-        """From zero the ratio is 1, and where a group becomes zero its average starts afresh."""
+        """A group of radius zero starts anew, and later its average counts for nothing."""
         tx = so.rms(0.9, 0.0, FILTERS, rescale=True)
         unit = _columns(0) / np.linalg.norm(_columns(0), axis=0)
         radii = np.array([[0.0, 9.0, 0.0], [0.0, 0.0, 2.0], [3.0, 0.0, 2.0], [6.0, 5.0, 2.0]])
-        ratios = np.array([[1.0] * 3, [1.0] * 3, [1.0] * 3, [0.5, 1.0, 1.0]])
-        afresh = np.array([[False] * 3, [False, True, False], [False] * 3, [False] * 3])
-        state, v = tx.init(_tree(unit)), np.zeros(3)
-        for k, (radius, ratio, anew) in enumerate(zip(radii, ratios, afresh, strict=True)):
+        state, v, before = tx.init(_tree(unit)), np.zeros(3), np.ones(3)
+        for k, radius in enumerate(radii):
             grads = _columns(k + 1) * [1.0, 1.0, k > 0]  # the third has none at first
             denominator, state = tx.update(_tree(grads), state, _tree(radius * unit))
-            square = (grads**2).mean(0)
-            v = np.where(anew, square, 0.9 * ratio**2 * v + 0.1 * square)
+            ratio = np.divide(before, radius, out=np.zeros(3), where=radius > 0)
+            v = 0.9 * ratio**2 * v + 0.1 * (grads**2).mean(0)
             expected = np.sqrt(v / (1 - 0.9 ** (k + 1)))
             np.testing.assert_allclose(denominator["w"][0], expected, rtol=1e-12)
+            before = radius
+
+    def test_negative_second_moments_of_earlier_versions(self):
+        """They stood for groups of radius zero, which now keep nothing."""
+        tx, x, g = so.rms(0.9, 0.0, FILTERS, rescale=True), _columns(0), _columns(1)
+        state = tx.init(_tree(x))
+        restored = state._replace(nu={"w": jnp.asarray([[-3.0, -0.0, -1e9]])})
+        expected, _ = tx.update(_tree(g), state, _tree(x))
+        actual, after = tx.update(_tree(g), restored, _tree(x))
+        np.testing.assert_array_equal(actual["w"], expected["w"])
+        assert np.all(after.nu["w"] > 0)
 
     def test_rescale_of_what_is_not_finite(self):
         """As without: it stays to be seen."""
@@ -279,8 +288,8 @@ def test_quotient_where_nothing_is_below():
         assert not np.isfinite(tx.update(grads, tx.init(grads))[0]["w"][2])
 
 
-def test_arguments_and_functions_of_others():
-    """What is called like ours but is not, and a moment with another update."""
+def test_functions_and_arguments_of_others():
+    """A moment with another update, and an extra argument that is somebody else's."""
     x = {"w": jnp.asarray(_columns(0), jnp.float32)}
     moment, denominator = so.ema(0.9, FILTERS, transport=True), so.rms(0.9, 1e-8, FILTERS)
     expected, _ = so.quotient(moment, denominator).update(
@@ -295,13 +304,13 @@ def test_arguments_and_functions_of_others():
         np.testing.assert_allclose(actual["w"], expected["w"], rtol=1e-6)
     for tx in (moment, denominator):
         plain, _ = tx.update(x, tx.init(x), x)
-        other, _ = tx.update(x, tx.init(x), x, inner_products=jnp.ones(3))
+        other, _ = tx.update(x, tx.init(x), x, products=jnp.ones(3))
         np.testing.assert_array_equal(plain["w"], other["w"])
 
 
 @pytest.mark.usefixtures("x64")
-def test_quotient_shares_no_sums_with_what_is_inside_others():
-    """Of a moment inside a condition, what it summed is unknown outside."""
+def test_quotient_of_a_moment_inside_a_condition():
+    """Its sums are unknown outside of the condition; the quotient is the same."""
     moment = so.ema(0.9, FILTERS, transport=True, rescale=True)
     inside = optax.conditionally_transform(moment, lambda step: step >= 0)
     denominator = so.rms(0.9, 1e-8, FILTERS, rescale=True)

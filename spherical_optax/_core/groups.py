@@ -128,9 +128,21 @@ class Groups:
         *rest: Any,
         off: Callable[..., Any] = lambda x, *_: x,
     ) -> Any:
-        """f over the leaves on spheres, in at least float32, and `off` over the others.
+        """`map_arrays`, but the arrays come back in the dtype of `tree`."""
+        return self.map_arrays(
+            lambda x, *others: f(upcast(x), *others).astype(x.dtype), tree, *rest, off=off
+        )
 
-        `rest` are trees shaped like `tree` or group-sized. Leaves come back in the dtype of `tree`.
+    def map_arrays(
+        self,
+        f: Callable[..., jax.Array],
+        tree: Any,
+        *rest: Any,
+        off: Callable[..., Any] = lambda x, *_: x,
+    ) -> Any:
+        """f over the arrays on spheres, in at least float32, and `off` over the others.
+
+        `rest` are trees shaped like `tree`, or group-sized.
         """
 
         def one(leaf: ArrayGroups | None, x: Any, *others: Any) -> Any:
@@ -138,7 +150,7 @@ class Groups:
                 return None
             if leaf is None:
                 return off(x, *others)
-            return f(upcast(x), *(leaf.spread(upcast(y)) for y in others)).astype(x.dtype)
+            return f(x, *(leaf.spread(upcast(y)) for y in others))
 
         return self._unflatten([one(*column) for column in self._columns((tree, *rest))])
 
@@ -171,6 +183,14 @@ class Groups:
                 lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32)
             )
         return self.map_per_group(lambda s, _: s, scalars, before, off=lambda _, b: b)
+
+    def zeros_per_group(self, params: Any) -> Any:
+        """A zero per group, as optimizer state.
+
+        Zeros are summed rather than made: shape, dtype and sharding are then those of later sums.
+        """
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return self.as_state(self.sum(lambda x: x, zeros))
 
     def off(self) -> Any:
         """True on the leaves off the spheres: a mask for `optax.masked`."""

@@ -14,21 +14,24 @@ from spherical_optax._core.arguments import require_params
 
 
 def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
-    """gain * updates + decay * moment in Optax's order of operations; no update, no change."""
+    """`mix_arrays` on trees."""
+    return jax.tree.map(
+        lambda g, m: mix_arrays(g, m, decay, gain), updates, moment, is_leaf=lambda x: x is None
+    )
 
-    def mix(g, m):
-        if g is None:
-            return m
-        g, m = jnp.asarray(g), jnp.asarray(m)
-        dtype = g.dtype if g.dtype.itemsize >= m.dtype.itemsize else m.dtype
-        kept = (as_dtype(decay, m.dtype) * m).astype(dtype)
-        return (as_dtype(gain, g.dtype) * g).astype(dtype) + kept
 
-    return jax.tree.map(mix, updates, moment, is_leaf=lambda x: x is None)
+def mix_arrays(g: Any, m: Any, decay: Any, gain: Any) -> Any:
+    """gain * g + decay * m in Optax's order of operations; where there is no update, m stays."""
+    if g is None:
+        return m
+    g, m = jnp.asarray(g), jnp.asarray(m)
+    dtype = g.dtype if g.dtype.itemsize >= m.dtype.itemsize else m.dtype
+    decayed = (as_dtype(decay, m.dtype) * m).astype(dtype)
+    return (as_dtype(gain, g.dtype) * g).astype(dtype) + decayed
 
 
 @functools.partial(jax.jit, inline=True)
-def debias(moment: Any, decay: Any, count: Any) -> Any:
+def correct_bias(moment: Any, decay: Any, count: Any) -> Any:
     """m / (1 - decay^count), as `optax.tree.bias_correction` but for strict dtype promotion."""
     dtype = jnp.result_type(float)
     correction = 1 - as_dtype(decay, dtype) ** count.astype(dtype)
@@ -46,6 +49,7 @@ def as_dtype(value: Any, dtype: Any) -> Any:
 
 
 def add_decay(updates: Any, params: Any, l2: Any) -> Any:
+    """g + lambda x; g itself where lambda is None."""
     if l2 is None:
         return updates
     return jax.tree.map(

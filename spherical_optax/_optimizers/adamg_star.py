@@ -10,7 +10,6 @@ from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.projection import zeros_per_group
 from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
@@ -73,7 +72,7 @@ def _scale_by_mirrored_radius(
     """
 
     def init(params):
-        radius = zeros_per_group(params, match(spheres, params).with_tangent_space())
+        radius = match(spheres, params).with_tangent_space().zeros_per_group(params)
         return MirroredRadiusState(jnp.zeros([], jnp.int32), radius)
 
     def update(updates, state, params=None, **extra_args):

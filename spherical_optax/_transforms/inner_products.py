@@ -1,50 +1,67 @@
-"""Inner products that the two sides of a quotient have in common, computed once."""
+"""Inner products within groups that an update step needs, each of them computed once."""
 
-from typing import Any
+from collections.abc import Set
+from typing import Any, NamedTuple, Protocol
 
 import optax
 
-from spherical_optax import geometry
+from spherical_optax._core.arguments import require_params
 from spherical_optax._core.groups import Groups
+from spherical_optax._core.matching import match
+from spherical_optax._core.sphere import Spheres
 
 
-class Products:
-    """`geometry.dot`, which remembers: of the same two trees there is one sum, not two for XLA to find.
+class InnerProducts(NamedTuple):
+    """Group-sized trees, None where no equation asks for one: g gradient, m momentum, x parameters."""
 
-    It finds them, but then runs the sums over different arrays in turn, a tenth slower on a CPU.
-    """
-
-    def __init__(self) -> None:
-        self._known: list[tuple[Any, Any, Groups, Any]] = []
-
-    def dot(self, x: Any, y: Any, groups: Groups) -> Any:
-        for a, b, of, found in self._known:
-            if a is x and b is y and of == groups:
-                return found
-        found = geometry.dot(x, y, groups)
-        self._known.append((x, y, groups, found))
-        return found
+    gg: Any = None  # <g, g>
+    gx: Any = None  # <g, x>
+    xx: Any = None  # <x, x>
+    mm: Any = None  # <m, m>
+    mx: Any = None  # <m, x>
 
 
-class Sharing(optax.GradientTransformationExtraArgs):
-    """A transformation whose `update` takes `inner_products` from whoever calls it directly.
-
-    Not through other transformations: what one of them computes inside a condition is unknown outside.
-    """
-
-    shares = False  # what `_replace` makes has another update, and does not
-
-
-def sharing(init: Any, update: Any) -> Sharing:
-    tx = Sharing(init, update)
-    tx.shares = True
-    return tx
+def compute_inner_products(
+    names: Set[str], groups: Groups, *, g: Any, x: Any, m: Any = None
+) -> InnerProducts:
+    """The inner products of these names, such as {"gg", "gx"}."""
+    if any("x" in name for name in names):
+        x = require_params(x)
+    trees = {"g": g, "m": m, "x": x}
+    return InnerProducts(
+        **{name: groups.sum(lambda a, b: a * b, *map(trees.get, name)) for name in sorted(names)}
+    )
 
 
-def shares(tx: Any) -> bool:
-    return isinstance(tx, Sharing) and tx.shares
+class Block(Protocol):
+    """A transformation that is given its inner products: `Ema`, `Rms`."""
+
+    @property
+    def spheres(self) -> Spheres: ...
+
+    @property
+    def inner_products(self) -> Set[str]:
+        """The names of those that `update` needs."""
+        ...
+
+    def get_momentum(self, state: Any) -> Any: ...
+
+    def init(self, params: Any) -> Any: ...
+
+    def update(
+        self, updates: Any, state: Any, params: Any, products: InnerProducts
+    ) -> tuple[Any, Any]: ...
 
 
-def known(inner_products: Any) -> Products:
-    """What the caller knows; an argument of this name may be somebody else's."""
-    return inner_products if isinstance(inner_products, Products) else Products()
+def to_transformation(block: Block) -> optax.GradientTransformationExtraArgs:
+    """The block by itself, which computes its own inner products."""
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        groups = match(block.spheres, updates).with_tangent_space()
+        products = compute_inner_products(
+            block.inner_products, groups, g=updates, x=params, m=block.get_momentum(state)
+        )
+        return block.update(updates, state, params, products)
+
+    return optax.GradientTransformationExtraArgs(block.init, update)

@@ -1,27 +1,42 @@
 r"""Momentum that follows its spheres: the `a` of x <- x - eta a / b [3].
 
-Leaves off the spheres, and groups of one coordinate, are treated element-wise, exactly as Optax does.
+Arrays off the spheres, and groups of one coordinate, are averaged element-wise, exactly as in Optax.
 Updates come back in the dtype of the parameters.
 """
 
 import dataclasses
+import functools
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
-from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
-from spherical_optax._core.groups import Groups
+from spherical_optax._core.arguments import (
+    require_constant_decay,
+    require_params,
+    weight_decay_at,
+)
+from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.projection import remove_radial, zeros_per_group
-from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt
+from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import add_decay, as_dtype, cast_like, drop_missing, mix
-from spherical_optax._core.trees import debias as unbias
-from spherical_optax._transforms.inner_products import Products, known, sharing
+from spherical_optax._core.trees import (
+    add_decay,
+    as_dtype,
+    cast_like,
+    correct_bias,
+    drop_missing,
+    mix,
+    mix_arrays,
+)
+from spherical_optax._transforms.inner_products import (
+    InnerProducts,
+    compute_inner_products,
+    to_transformation,
+)
 
 
 class EmaState(NamedTuple):
@@ -40,7 +55,7 @@ class TraceState(NamedTuple):
     MOMENTS = Moments(sum="trace")
 
     trace: optax.Updates
-    kept: Any
+    kept: Any  # as in `EmaState`
 
 
 def ema(
@@ -93,27 +108,18 @@ def ema(
 
     Source: [19]; the radial part of m is dropped, as in the authors' released code.
     """
-    momentum = _Momentum(
-        require_constant_decay("ema", decay), 1 - decay, spheres, transport, rescale
-    )
-
-    def init(params):
-        mu = optax.tree.zeros_like(params, dtype=accumulator_dtype)
-        return EmaState(jnp.zeros([], jnp.int32), mu, momentum.init(params))
-
-    def update(updates, state, params=None, *, inner_products=None, **extra_args):
-        del extra_args
-        l2 = weight_decay_at(weight_decay, state.count)
-        mu, kept = momentum.update(
-            updates, state.ema, state.kept, params, l2, known(inner_products)
+    return to_transformation(
+        Ema(
+            decay=decay,
+            spheres=spheres,
+            transport=transport,
+            rescale=rescale,
+            weight_decay=weight_decay,
+            debias=debias,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
         )
-        count = optax.safe_increment(state.count)
-        out = momentum.ahead(updates, mu, params, l2) if nesterov else mu
-        out = drop_missing(updates, out)
-        out = unbias(out, decay, count) if debias else out
-        return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
-
-    return sharing(init, update)
+    )
 
 
 def trace(
@@ -155,7 +161,9 @@ def trace(
 
     Source: [6] and [19]; the radial part of m is dropped, as in the authors' released code.
     """
-    momentum = _Momentum(require_constant_decay("trace", decay), 1, spheres, transport, rescale)
+    momentum = Momentum(
+        require_constant_decay("trace", decay), 1, spheres, transport=transport, rescale=rescale
+    )
 
     def init(params):
         sums = optax.tree.zeros_like(params, dtype=accumulator_dtype)
@@ -163,17 +171,46 @@ def trace(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        sums, kept = momentum.update(updates, state.trace, state.kept, params)
-        out = momentum.ahead(updates, sums) if nesterov else sums
+        groups = match(spheres, updates).with_tangent_space()
+        names = momentum.inner_products
+        products = compute_inner_products(names, groups, g=updates, m=state.trace, x=params)
+        sums, kept = momentum.update(updates, state.trace, state.kept, params, None, products)
+        out = mix(updates, sums, decay, 1) if nesterov else sums
         out = cast_like(drop_missing(updates, out), params)
         return out, TraceState(cast_like(sums, state.trace), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def first_moment(
+    m: jax.Array,
+    g: jax.Array,
+    x: jax.Array,
+    mx: jax.Array,
+    xx: jax.Array,
+    stretch: jax.Array | None = None,
+    *,
+    decay: Any,
+    gain: Any,
+    l2: Any = None,
+) -> jax.Array:
+    r"""Eq. [19] on one array: m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + gain (g_k + lambda x_k).
+
+    (r_{k-1} / r_k) Gamma(m) is m - <m, x> / <x, x> x, the projection of m at the new point x, if the
+    step from the last point was a multiple of m (see `ema`). Without the ratio of radii, `stretch` gives
+    the projection the length back that Gamma would have kept.
+    """
+    m = upcast(m)
+    decay, gain = as_dtype(decay, m.dtype), as_dtype(gain, m.dtype)
+    transported = m - divide_or_zero(mx, xx) * x
+    if stretch is not None:
+        transported = stretch * transported
+    return decay * transported + gain * (g if l2 is None else g + as_dtype(l2, x.dtype) * x)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Momentum:
-    """m <- decay (r' / r) Gamma(m) + gain g, what `ema` and `trace` have in common."""
+class Momentum:
+    """Eq. [19] with its parts to choose from: `ema` and `trace` have it in common."""
 
     decay: jax.typing.ArrayLike
     gain: jax.typing.ArrayLike
@@ -181,75 +218,127 @@ class _Momentum:
     transport: bool
     rescale: bool
 
+    @property
+    def inner_products(self) -> Set[str]:
+        """The names of the inner products that `update` needs."""
+        if not self.transport:
+            return {"xx"} if self.rescale else set()
+        return {"mx", "xx"} if self.rescale else {"mx", "xx", "gx", "mm"}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the state has a number per group."""
+        return self.transport != self.rescale
+
     def init(self, params: Any) -> Any:
         groups = match(self.spheres, params).with_tangent_space()
-        return zeros_per_group(params, groups) if self.transport != self.rescale else None
+        return groups.zeros_per_group(params) if self.keeps else None
 
     def update(
-        self,
-        updates: Any,
-        moment: Any,
-        kept: Any,
-        params: Any,
-        l2: Any = None,
-        products: Products | None = None,
+        self, g: Any, m: Any, kept: Any, x: Any, l2: Any, products: InnerProducts
     ) -> tuple[Any, Any]:
-        groups = match(self.spheres, updates).with_tangent_space()
-        products = products or Products()
-        before = kept
+        """The new momentum, and the new number per group if the state has one."""
+        groups = match(self.spheres, g).with_tangent_space()
+        step = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
         if self.transport or self.rescale or l2 is not None:
-            params = require_params(params)
+            x = require_params(x)
+
+        def average(m, g, x, *_):  # off the spheres
+            return mix_arrays(add_decay(g, x, l2), m, self.decay, self.gain)
+
+        if self.transport and self.rescale:
+            m = groups.map_arrays(step, m, g, x, products.mx, products.xx, off=average)
+            return m, None
         if self.transport:
-            mx, xx = products.dot(moment, params, groups), products.dot(params, params, groups)
-            tangent = remove_radial(params, moment, mx, xx, groups)
-            if self.rescale:
-                moment = tangent
-            else:
-                radius = groups.map_per_group(sqrt, xx)
-                radial = _radial(products.dot(updates, params, groups), radius, groups, l2)
-                mm = products.dot(moment, moment, groups)
-                now = _radial(mx, radius, groups)
-                restored = groups.map_per_group(_isometry, mm, kept, now, xx, radial, moment)
-                moment = geometry.scale(tangent, restored, groups)
-                # The projection is tangential: only the new term brings a radial part.
-                kept = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
-        elif self.rescale:
-            radius = geometry.norm(params, groups)
-            moment = geometry.scale(moment, change(kept, radius, groups), groups)
-            kept = radius
-        kept = None if self.transport == self.rescale else groups.as_state(kept, before)
-        return self.ahead(updates, moment, params, l2), kept
-
-    def ahead(self, updates: Any, moment: Any, params: Any = None, l2: Any = None) -> Any:
-        """decay m + gain g; with an m that has taken g already, Nesterov's momentum."""
-        return mix(add_decay(updates, params, l2), moment, self.decay, self.gain)
+            radial = groups.map_per_group(
+                functools.partial(_radial_part, l2=l2), products.gx, products.xx
+            )
+            stretch = groups.map_per_group(
+                _restore_length, products.mm, kept, products.mx, products.xx, m
+            )
+            # The sum over the parameters comes before they are overwritten.
+            stretch = groups.map_per_group(depend_on, stretch, radial)
+            m = groups.map_arrays(step, m, g, x, products.mx, products.xx, stretch, off=average)
+            # Only the new term brings a radial part: the transported one is tangential.
+            coming = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
+            return m, groups.as_state(coming, kept)
+        if self.rescale:
+            radius = groups.map_per_group(sqrt, products.xx)
+            m = groups.map(lambda m, c: c * m, m, groups.map_per_group(_ratio, kept, radius))
+            kept = groups.as_state(radius, kept)
+        return mix(add_decay(g, x, l2), m, self.decay, self.gain), kept
 
 
-def _isometry(mm: Any, before: Any, now: Any, xx: Any, coming: Any, m: Any) -> jax.Array:
-    """What gives the projection of m the length of its tangential part at the last point.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ema:
+    """`ema` as a block that may be given its inner products."""
 
-    Both lengths follow from ||m||^2 and the radial part of m, `before` and now. Where m is radial to
-    working precision they do not, and the length is left alone.
+    decay: jax.typing.ArrayLike
+    spheres: Spheres = None
+    transport: bool = False
+    rescale: bool = False
+    weight_decay: optax.ScalarOrSchedule = 0.0
+    debias: bool = True
+    nesterov: bool = False
+    accumulator_dtype: Any | None = None
+
+    def __post_init__(self):
+        require_constant_decay("ema", self.decay)
+
+    @property
+    def momentum(self) -> Momentum:
+        return Momentum(
+            self.decay, 1 - self.decay, self.spheres, transport=self.transport, rescale=self.rescale
+        )
+
+    @property
+    def inner_products(self) -> Set[str]:
+        return self.momentum.inner_products
+
+    def get_momentum(self, state: EmaState) -> Any:
+        return state.ema
+
+    def init(self, params: Any) -> EmaState:
+        mu = optax.tree.zeros_like(params, dtype=self.accumulator_dtype)
+        return EmaState(jnp.zeros([], jnp.int32), mu, self.momentum.init(params))
+
+    def update(
+        self, updates: Any, state: EmaState, params: Any, products: InnerProducts
+    ) -> tuple[Any, EmaState]:
+        l2 = weight_decay_at(self.weight_decay, state.count)
+        mu, kept = self.momentum.update(updates, state.ema, state.kept, params, l2, products)
+        count = optax.safe_increment(state.count)
+        out = mu
+        if self.nesterov:
+            out = mix(add_decay(updates, params, l2), mu, self.decay, 1 - self.decay)
+        out = drop_missing(updates, out)
+        out = correct_bias(out, self.decay, count) if self.debias else out
+        return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
+
+
+def _restore_length(
+    mm: jax.Array, radial_before: jax.Array, mx: jax.Array, xx: jax.Array, m: jax.Array
+) -> jax.Array:
+    """The length of the tangential part of m at the last point, over that at the present point.
+
+    Parallel transport preserves the length, projection does not. Both lengths follow from ||m||^2 and
+    the radial part of m at either point. Where m is radial to working precision they do not, and the
+    factor is 1.
     """
-    old, new = mm - before * before, mm - now * now
-    tiny = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
-    # `coming` only has to be known: a sum over the parameters that nothing waited for would make XLA
-    # copy them all before it overwrites them.
-    there = (old > tiny) & (new > tiny) & ~is_zero(xx) & jnp.isfinite(coming)
-    return jnp.sqrt(jnp.where(there, old, 1.0) / jnp.where(there, new, 1.0))
+    radial_now = divide_or_zero(mx, sqrt(xx))
+    old, new = mm - radial_before * radial_before, mm - radial_now * radial_now
+    rounding = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
+    known = (old > rounding) & (new > rounding) & ~is_zero(xx)
+    return jnp.sqrt(jnp.where(known, old, 1.0) / jnp.where(known, new, 1.0))
 
 
-def _radial(qx: Any, radius: Any, groups: Groups, l2: Any = None) -> Any:
-    """<q + l2 x, u> of each group, from <q, x>."""
-
-    def of(qx, r):
-        return divide_or_zero(qx, r) + (0.0 if l2 is None else as_dtype(l2, r.dtype) * r)
-
-    return groups.map_per_group(of, qx, radius)
+def _radial_part(gx: jax.Array, xx: jax.Array, *, l2: Any) -> jax.Array:
+    """<g + lambda x, u> = <g, x> / r + lambda r."""
+    r = sqrt(xx)
+    radial = divide_or_zero(gx, r)
+    return radial if l2 is None else radial + as_dtype(l2, r.dtype) * r
 
 
-def change(before: Any, now: Any, groups: Groups) -> Any:
-    """before / now of group-sized trees, and 1 for groups that were or are zero."""
-    return groups.map_per_group(
-        lambda b, n: jnp.where(is_zero(b), 1.0, divide_or_one(b, n)), before, now
-    )
+def _ratio(before: jax.Array, now: jax.Array) -> jax.Array:
+    """r_{k-1} / r_k, and 1 for groups that were or are zero."""
+    return jnp.where(is_zero(before), 1.0, divide_or_one(before, now))

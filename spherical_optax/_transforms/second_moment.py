@@ -1,12 +1,20 @@
-r"""The second moment, and the division by it: the `b` of x <- x - eta a / b [3], and the scheme."""
+r"""The second moment: the `b` of x <- x - eta a / b [3]."""
 
+import dataclasses
+import functools
+from collections.abc import Set
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.arguments import require_constant_decay, require_params, weight_decay_at
+from spherical_optax._core.arguments import (
+    is_constant_zero,
+    require_constant_decay,
+    weight_decay_at,
+)
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import is_zero
@@ -16,11 +24,12 @@ from spherical_optax._core.trees import (
     add_decay,
     as_dtype,
     cast_like,
-    debias,
+    correct_bias,
     drop_missing,
     mix,
+    mix_arrays,
 )
-from spherical_optax._transforms.inner_products import Products, known, sharing
+from spherical_optax._transforms.inner_products import InnerProducts, to_transformation
 
 
 class RmsState(NamedTuple):
@@ -75,90 +84,120 @@ def rms(
 
     Source: [8], [9] and [20].
     """
-    decay = require_constant_decay("rms", decay)
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f"rms: reduce is {reduce!r}, not 'mean' or 'sum'")
+    return to_transformation(
+        Rms(
+            decay=decay,
+            eps=eps,
+            spheres=spheres,
+            reduce=reduce,
+            rescale=rescale,
+            weight_decay=weight_decay,
+        )
+    )
 
-    def squares(g, params, groups, products, l2=None):
-        sums = products.dot(g, g, groups)
-        if l2 is not None:
-            params = require_params(params)
-            # From inner products, as in `ema`: what is summed over on a CPU has to be in memory.
-            sums = groups.map_per_group(
-                lambda gg, gx, xx: _norm_squared(gg, gx, xx, as_dtype(l2, gg.dtype)),
-                sums,
-                products.dot(g, params, groups),
-                products.dot(params, params, groups),
-            )
-        sums = groups.mean(sums) if reduce == "mean" else sums
-        return groups.choose(sums, jax.tree.map(abs_squared, add_decay(g, params, l2)))
 
-    def init(params):
-        groups = match(spheres, params).with_tangent_space()
-        zeros = optax.tree.zeros_like(params)
-        return RmsState(jnp.zeros([], jnp.int32), squares(zeros, None, groups, Products()))
+def second_moment(rrv: jax.Array, squares: jax.Array, xx: jax.Array, *, decay: Any) -> jax.Array:
+    r"""Eq. [20] times r_k^2: r_k^2 v_k = decay r_{k-1}^2 v_{k-1} + (1 - decay) r_k^2 ||g_k||^2 / d.
 
-    def update(updates, state, params=None, *, inner_products=None, **extra_args):
-        del extra_args
-        products = known(inner_products)
-        groups = match(spheres, updates).with_tangent_space()
-        l2, count = weight_decay_at(weight_decay, state.count), optax.safe_increment(state.count)
-        nu, new = state.nu, squares(updates, params, groups, products, l2)
-        if rescale:
-            xx = products.dot(require_params(params), params, groups)
-            began = jnp.greater(count, 1)
+    With `squares` = ||g_k + lambda x_k||^2 / d and `xx` = r_k^2, one number per group. By Lemma 1,
+    r^2 v is the mean square of the gradients on the unit sphere, and needs no ratio of radii.
+    """
+    decay, gain = as_dtype(decay, rrv.dtype), as_dtype(1 - decay, rrv.dtype)
+    # A group of radius zero starts anew. States of earlier versions have a negative number there.
+    rrv = jnp.where(is_zero(xx) | (rrv < 0), 0.0, rrv)
+    return decay * rrv + gain * _multiply_bounded(_square_radius(xx), squares)
+
+
+def _square_radius(xx: jax.Array) -> jax.Array:
+    """r^2, and 2^-60 at radius zero: v follows from r^2 v, which later counts for nothing."""
+    return jnp.where(is_zero(xx), 2.0**-60, xx)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rms:
+    """`rms` as a block that may be given its inner products."""
+
+    decay: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike = 1e-8
+    spheres: Spheres = None
+    reduce: Literal["mean", "sum"] = "mean"
+    rescale: bool = False
+    weight_decay: optax.ScalarOrSchedule = 0.0
+
+    def __post_init__(self):
+        require_constant_decay("rms", self.decay)
+        if self.reduce not in ("mean", "sum"):
+            raise ValueError(f"rms: reduce is {self.reduce!r}, not 'mean' or 'sum'")
+
+    @property
+    def inner_products(self) -> Set[str]:
+        """The names of the inner products that `update` needs."""
+        l2 = set() if is_constant_zero(self.weight_decay) else {"gx", "xx"}
+        return {"gg"} | l2 | ({"xx"} if self.rescale else set())
+
+    def get_momentum(self, state: RmsState) -> Any:
+        del state  # it has none
+
+    def init(self, params: Any) -> RmsState:
+        groups = match(self.spheres, params).with_tangent_space()
+        per_group, zeros = groups.zeros_per_group(params), optax.tree.zeros_like(params)
+        nu = groups.choose(per_group, jax.tree.map(abs_squared, zeros))
+        return RmsState(jnp.zeros([], jnp.int32), nu)
+
+    def update(
+        self, updates: Any, state: RmsState, params: Any, products: InnerProducts
+    ) -> tuple[Any, RmsState]:
+        groups = match(self.spheres, updates).with_tangent_space()
+        l2 = weight_decay_at(self.weight_decay, state.count)
+        count = optax.safe_increment(state.count)
+        squares = self.mean_squares(updates, params, l2, products, groups)
+        average = functools.partial(mix_arrays, decay=self.decay, gain=1 - self.decay)
+        if self.rescale:
             nu = groups.map_per_group(
-                lambda nu, gg, xx: _arriving(nu, gg, xx, began), nu, new, xx, off=_first
+                functools.partial(second_moment, decay=self.decay),
+                state.nu,
+                squares,
+                products.xx,
+                off=lambda v, g, _: average(g, v),
             )
-            new = groups.map_per_group(_squared_radius_times, new, xx, off=_first)
-        v = nu = mix(new, nu, decay, 1 - decay)
-        if rescale:
-            nu = groups.map_per_group(_kept, nu, xx, off=_first)
-            # From what is kept: else XLA computes that twice, and copies the old one for it.
             v = groups.map_per_group(
-                lambda nu, xx: abs(nu) / jnp.where(is_zero(xx), 1.0, xx), nu, xx, off=_first
+                lambda rrv, xx: rrv / _square_radius(xx), nu, products.xx, off=lambda v, _: v
             )
-        v = debias(drop_missing(updates, v), decay, count)
+        else:
+            nu = v = mix(squares, state.nu, self.decay, 1 - self.decay)
+        v = correct_bias(drop_missing(updates, v), self.decay, count)
         out = groups.map_per_group(_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
-        out = jax.tree.map(lambda b: b + as_dtype(eps, b.dtype), out)
+        out = jax.tree.map(lambda b: b + as_dtype(self.eps, b.dtype), out)
         # Zeros rather than `broadcast_to`, for the sharding of the updates.
         out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
         return cast_like(out, params), RmsState(count, cast_like(nu, state.nu))
 
-    return sharing(init, update)
+    def mean_squares(self, g: Any, x: Any, l2: Any, products: InnerProducts, groups: Groups) -> Any:
+        """||g + lambda x||^2 / d, or without d, per group; |g + lambda x|^2 off the spheres."""
+        sums = products.gg
+        if l2 is not None:
+            sums = groups.map_per_group(
+                functools.partial(_squared_length, l2=l2), products.gg, products.gx, products.xx
+            )
+        sums = groups.mean(sums) if self.reduce == "mean" else sums
+        return groups.choose(sums, jax.tree.map(abs_squared, add_decay(g, x, l2)))
 
 
-def _arriving(kept: jax.Array, now: jax.Array, xx: jax.Array, began: Any) -> jax.Array:
-    """r^2 v at the present radius, or v where it is zero, of what was kept at another."""
-    zero, v = jnp.signbit(kept) | ~began, abs(kept)
-    return jnp.where(
-        is_zero(xx),
-        jnp.where(zero, v, now),
-        jnp.where(zero, _squared_radius_times(v, xx), v),
-    )
+def _squared_length(gg: jax.Array, gx: jax.Array, xx: jax.Array, *, l2: Any) -> jax.Array:
+    """||g + lambda x||^2 from inner products: g + lambda x itself would have to be in memory.
+
+    XLA on a CPU sums over arrays in memory alone (JAX 0.10).
+    """
+    l2 = as_dtype(l2, gg.dtype)
+    return jnp.maximum(gg + l2 * (2 * gx + l2 * xx), 0.0)
 
 
-def _squared_radius_times(v: jax.Array, xx: jax.Array) -> jax.Array:
-    """r^2 v, or v where r is zero; finite if v is: weight decay alone makes it grow with r^4."""
-    product = jnp.minimum(jnp.where(is_zero(xx), 1.0, xx) * v, jnp.finfo(v.dtype).max / 2)
-    return jnp.where(jnp.isinf(v), v, product)
-
-
-def _kept(nu: jax.Array, xx: jax.Array) -> jax.Array:
-    """r^2 v, and -v where r is zero."""
-    return jnp.where(is_zero(xx), -nu, nu)
+def _multiply_bounded(rr: jax.Array, v: jax.Array) -> jax.Array:
+    """r^2 v; finite if v is, though weight decay alone makes it grow with r^4."""
+    return jnp.where(jnp.isinf(v), v, jnp.minimum(rr * v, jnp.finfo(v.dtype).max / 2))
 
 
 def _root(v: jax.Array) -> jax.Array:
-    """Of v, with a derivative at zero too."""
+    """The square root of v, which also has a derivative at zero."""
     tiny = float(jnp.finfo(v.dtype).tiny)
     return jnp.sqrt(jnp.maximum(v, tiny)) - tiny**0.5
-
-
-def _first(x: Any, *_: Any) -> Any:
-    return x
-
-
-def _norm_squared(gg: Any, gx: Any, xx: Any, l2: Any) -> jax.Array:
-    """||g + l2 x||^2"""
-    return jnp.maximum(gg + l2 * (2 * gx + l2 * xx), 0.0)

@@ -1,39 +1,25 @@
-r"""Adam, SGD and what the paper makes of them: chains of building blocks, each one step from Adam.
+r"""Adam and what the paper makes of it: chains of building blocks, each one step from Adam.
 
     adam     quotient(ema(l2),                      rms(l2))                             lr
     adams    quotient(ema(l2),                      rms(spheres, l2))                    lr
     adamst   quotient(ema(transport, l2),           rms(spheres, l2))                    lr
     adamsrt  quotient(ema(transport, rescale, l2),  rms(spheres, rescale, l2))           lr
     adamg    quotient(ema(transport),               rms(spheres, reduce="sum"))          lr  retract(1)
-    sgd_mrt  add_decayed_weights(l2)  trace(transport, rescale)                          lr
 
 The L2 term is an argument of the moments, as in [8], [19] and [20], and not `add_decayed_weights` in
-front of them: the numbers are the same, but the sum of gradient and L2 term, which both moments need,
-then takes no memory.
-
-Arguments that all have in common:
-
-  learning_rate: number or schedule.
-  spheres: how the leaves split into groups (see `spherical_optax.Sphere`); what is on no sphere, and
-    groups of one coordinate, get plain Adam or SGD with the same hyper-parameters. `adam` and `sgd`
-    take it only so that every variant can be swapped for every other.
-  weight_decay: number or schedule; L2 as in the paper: weight_decay * x is part of the gradient.
-  mu_dtype: dtype of the momentum; None takes the parameters'.
+front of them. The numbers are the same, but the sum g + lambda x would be an array more in memory.
 """
 
-import functools
 from typing import Any
 
 import jax
 import optax
 
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import cast_like
-from spherical_optax._optimizers.adamg_star import adamg_star
 from spherical_optax._transforms.constraints import retract
-from spherical_optax._transforms.momentum import ema, trace
-from spherical_optax._transforms.quotient import quotient
-from spherical_optax._transforms.second_moment import rms
+from spherical_optax._transforms.momentum import Ema, ema
+from spherical_optax._transforms.quotient import quotient, quotient_on_spheres
+from spherical_optax._transforms.second_moment import Rms, rms
 from spherical_optax._transforms.weight_decay import decay_off
 
 Scalar = optax.ScalarOrSchedule
@@ -166,9 +152,15 @@ def adamst(
 
     Source: section 4.2 of the paper; the radial part of m is dropped by the transport.
     """
-    a = ema(b1, spheres, transport=True, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
-    b = rms(b2, eps, spheres, weight_decay=weight_decay)
-    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+    a = Ema(
+        decay=b1,
+        spheres=spheres,
+        transport=True,
+        weight_decay=weight_decay,
+        accumulator_dtype=mu_dtype,
+    )
+    b = Rms(decay=b2, eps=eps, spheres=spheres, weight_decay=weight_decay)
+    return optax.chain(quotient_on_spheres(a, b), optax.scale_by_learning_rate(learning_rate))
 
 
 def adamsrt(
@@ -210,16 +202,16 @@ def adamsrt(
 
     Source: [18-20]; the radial part of m is dropped, as in the authors' released code ("AdamSRT").
     """
-    a = ema(
-        b1,
-        spheres,
+    a = Ema(
+        decay=b1,
+        spheres=spheres,
         transport=True,
         rescale=True,
         weight_decay=weight_decay,
         accumulator_dtype=mu_dtype,
     )
-    b = rms(b2, eps, spheres, rescale=True, weight_decay=weight_decay)
-    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+    b = Rms(decay=b2, eps=eps, spheres=spheres, rescale=True, weight_decay=weight_decay)
+    return optax.chain(quotient_on_spheres(a, b), optax.scale_by_learning_rate(learning_rate))
 
 
 def adamg(
@@ -268,103 +260,3 @@ def adamg(
         optax.scale_by_learning_rate(learning_rate),
         retract(spheres, 1.0),
     )
-
-
-def sgd(
-    learning_rate: Scalar,
-    spheres: Spheres = None,
-    momentum: jax.typing.ArrayLike | None = None,
-    *,
-    weight_decay: Scalar = 0.0,
-    mu_dtype: Any | None = None,
-) -> Transformation:
-    """SGD with L2 regularisation and heavy-ball momentum.
-
-    x <- x - eta m [5],  m <- momentum m + grad + lambda x [6]
-
-    Args:
-      learning_rate: eta, a number or a schedule.
-      spheres: not used; there so that the variants can be swapped.
-      momentum: decay of m; None keeps no m at all.
-      weight_decay: lambda, a number or a schedule.
-      mu_dtype: dtype of m; None takes the parameters'.
-
-    Returns:
-      A `GradientTransformationExtraArgs`. State per parameter: m, or nothing.
-
-    Raises:
-      ValueError: in `update`, if `params` is missing.
-
-    >>> tx = so.sgd(0.1, momentum=0.9, weight_decay=0.5)
-    >>> params = {"kernel": jnp.array([2.0])}
-    >>> tx.update({"kernel": jnp.array([1.0])}, tx.init(params), params)[0]
-    {'kernel': Array([-0.2], dtype=float32)}
-
-    Source: [5] and [6].
-    """
-    del spheres
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.stateless(cast_like)
-        if momentum is None
-        else trace(momentum, accumulator_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def sgd_mrt(
-    learning_rate: Scalar,
-    spheres: Spheres,
-    momentum: jax.typing.ArrayLike = 0.9,
-    *,
-    weight_decay: Scalar = 0.0,
-    mu_dtype: Any | None = None,
-) -> Transformation:
-    """SGD-MRT: SGD with momentum that is transported and rescaled by the ratio of the radii.
-
-    m_k = momentum (r_{k-1} / r_k) Gamma(m_{k-1}) + grad + lambda x: [6] with the carry of [19]
-
-    Args:
-      learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; the rest gets `sgd`.
-      momentum: decay of m.
-      weight_decay: lambda, a number or a schedule.
-      mu_dtype: dtype of m; None takes the parameters'.
-
-    Returns:
-      A `GradientTransformationExtraArgs`. State: m.
-
-    Raises:
-      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
-
-    >>> tx = so.sgd_mrt(0.1, so.Sphere())
-    >>> params = {"kernel": jnp.ones((2, 1))}
-    >>> updates, state = tx.update({"kernel": jnp.array([[3.0], [4.0]])}, tx.init(params), params)
-    >>> updates
-    {'kernel': Array([[-0.3],
-           [-0.4]], dtype=float32)}
-
-    Source: appendix D of the paper; the radial part of m is dropped, as in the released code.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        trace(momentum, spheres, transport=True, rescale=True, accumulator_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-#: The paper's names (and those of its released code) for the functions of this module.
-VARIANTS = {
-    "Adam": adam,
-    "AdamG": adamg,
-    "AdamG*": adamg_star,
-    "Adam w/o (a)": adams,
-    "Adam w/o (ab)": adamst,
-    "Adam w/o (abc)": adamsrt,
-    "AdamS": adams,
-    "AdamST": adamst,
-    "AdamSRT": adamsrt,
-    "SGD": sgd,
-    "SGD-M": functools.partial(sgd, momentum=0.9),
-    "SGD-MRT": sgd_mrt,
-}
