@@ -22,6 +22,7 @@ from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
+from spherical_optax._core.shapes import OfArray, OfGroups, SpreadGroups
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import (
     add_decay,
@@ -183,17 +184,17 @@ def trace(
 
 
 def first_moment(
-    m: jax.Array,
-    g: jax.Array,
-    x: jax.Array,
-    mx: jax.Array,
-    xx: jax.Array,
-    stretch: jax.Array | None = None,
+    m: OfArray,
+    g: OfArray,
+    x: OfArray,
+    mx: SpreadGroups,
+    xx: SpreadGroups,
+    stretch: SpreadGroups | None = None,
     *,
     decay: Any,
     gain: Any,
     l2: Any = None,
-) -> jax.Array:
+) -> OfArray:
     r"""Eq. [19] on one array: m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + gain (g_k + lambda x_k).
 
     (r_{k-1} / r_k) Gamma(m) is m - <m, x> / <x, x> x, the projection of m at the new point x, if the
@@ -317,8 +318,8 @@ class Ema:
 
 
 def _restore_length(
-    mm: jax.Array, radial_before: jax.Array, mx: jax.Array, xx: jax.Array, m: jax.Array
-) -> jax.Array:
+    mm: OfGroups, radial_before: OfGroups, mx: OfGroups, xx: OfGroups, m: jax.Array
+) -> OfGroups:
     """The length of the tangential part of m at the last point, over that at the present point.
 
     Parallel transport preserves the length, projection does not. Both lengths follow from ||m||^2 and
@@ -332,13 +333,13 @@ def _restore_length(
     return jnp.sqrt(jnp.where(known, old, 1.0) / jnp.where(known, new, 1.0))
 
 
-def _radial_part(gx: jax.Array, xx: jax.Array, *, l2: Any) -> jax.Array:
+def _radial_part(gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
     """<g + lambda x, u> = <g, x> / r + lambda r."""
     r = sqrt(xx)
     radial = divide_or_zero(gx, r)
     return radial if l2 is None else radial + as_dtype(l2, r.dtype) * r
 
 
-def _ratio(before: jax.Array, now: jax.Array) -> jax.Array:
+def _ratio(before: OfGroups, now: OfGroups) -> OfGroups:
     """r_{k-1} / r_k, and 1 for groups that were or are zero."""
     return jnp.where(is_zero(before), 1.0, divide_or_one(before, now))

@@ -18,6 +18,7 @@ from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import is_zero
+from spherical_optax._core.shapes import OfGroups
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import (
     abs_squared,
@@ -96,7 +97,7 @@ def rms(
     )
 
 
-def second_moment(rrv: jax.Array, squares: jax.Array, xx: jax.Array, *, decay: Any) -> jax.Array:
+def second_moment(rrv: OfGroups, squares: OfGroups, xx: OfGroups, *, decay: Any) -> OfGroups:
     r"""Eq. [20] times r_k^2: r_k^2 v_k = decay r_{k-1}^2 v_{k-1} + (1 - decay) r_k^2 ||g_k||^2 / d.
 
     With `squares` = ||g_k + lambda x_k||^2 / d and `xx` = r_k^2, one number per group. By Lemma 1,
@@ -108,7 +109,7 @@ def second_moment(rrv: jax.Array, squares: jax.Array, xx: jax.Array, *, decay: A
     return decay * rrv + gain * _multiply_bounded(_square_radius(xx), squares)
 
 
-def _square_radius(xx: jax.Array) -> jax.Array:
+def _square_radius(xx: OfGroups) -> OfGroups:
     """r^2, and 2^-60 at radius zero: v follows from r^2 v, which later counts for nothing."""
     return jnp.where(is_zero(xx), 2.0**-60, xx)
 
@@ -183,7 +184,7 @@ class Rms:
         return groups.choose(sums, jax.tree.map(abs_squared, add_decay(g, x, l2)))
 
 
-def _squared_length(gg: jax.Array, gx: jax.Array, xx: jax.Array, *, l2: Any) -> jax.Array:
+def _squared_length(gg: OfGroups, gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
     """||g + lambda x||^2 from inner products: g + lambda x itself would have to be in memory.
 
     XLA on a CPU sums over arrays in memory alone (JAX 0.10).
@@ -192,12 +193,12 @@ def _squared_length(gg: jax.Array, gx: jax.Array, xx: jax.Array, *, l2: Any) -> 
     return jnp.maximum(gg + l2 * (2 * gx + l2 * xx), 0.0)
 
 
-def _multiply_bounded(rr: jax.Array, v: jax.Array) -> jax.Array:
+def _multiply_bounded(rr: OfGroups, v: OfGroups) -> OfGroups:
     """r^2 v; finite if v is, though weight decay alone makes it grow with r^4."""
     return jnp.where(jnp.isinf(v), v, jnp.minimum(rr * v, jnp.finfo(v.dtype).max / 2))
 
 
-def _root(v: jax.Array) -> jax.Array:
+def _root(v: OfGroups) -> OfGroups:
     """The square root of v, which also has a derivative at zero."""
     tiny = float(jnp.finfo(v.dtype).tiny)
     return jnp.sqrt(jnp.maximum(v, tiny)) - tiny**0.5

@@ -1,0 +1,17 @@
+"""Names for what functions take and return.
+
+Trees have any structure: a type checker cannot say more of them than a comment does. The shapes of
+arrays are annotated with jaxtyping; tests/contract/test_shapes.py checks them for every optimizer.
+"""
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+Params = Any  # tree of parameter arrays x
+Updates = Any  # tree of gradients or steps, like the parameters; None where there is no update
+PerGroup = Any  # tree like the parameters: `OfGroups` on the spheres, None elsewhere
+
+OfArray = Float[Array, "*array"]  # an array of parameters, of its gradient or its momentum
+OfGroups = Float[Array, "*groups"]  # one number per group: the summed axes have length 1
+SpreadGroups = Float[Array, "*#array"]  # the same, ready to broadcast against the array
