@@ -97,6 +97,12 @@ VARIANTS = {
 }
 
 
+def test_geometry_shows_ten_functions():
+    assert dir(so.geometry) == sorted(so.geometry.__all__)
+    assert len(so.geometry.__all__) == 10
+    assert all(inspect.isfunction(getattr(so.geometry, name)) for name in so.geometry.__all__)
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     """All these arguments, in this order; more may follow, if they have defaults."""
