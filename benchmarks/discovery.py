@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import spherical_optax as so
-from benchmarks import report
 from benchmarks.cli import Parser
+from benchmarks.reporting import report
 
 KEY = jax.random.key(0)
 

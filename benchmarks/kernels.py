@@ -4,9 +4,10 @@
     python -m benchmarks.kernels --training resnet20 [--out DIR]
 
 XLA's compiler for NVIDIA GPUs, which `pip install 'jax[cuda13]'` brings, runs on any machine, given the
-description of a GPU (h100.txtpb): no GPU is used, and no time of one is known. Each step is jitted with
-its parameters and its state donated; benchmarks/hlo.py says what counts as a kernel. With --training it
-is one step of training, forward and backward pass included, of the methods of the paper's table.
+description of a GPU (measuring/h100.txtpb): no GPU is used, and no time of one is known. Each step is
+jitted with its parameters and its state donated; measuring/hlo.py says what counts as a kernel. With
+--training it is one step of training, forward and backward pass included, of the methods of the paper's
+table.
 """
 
 import functools
@@ -28,17 +29,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import protocol, report, speed
+from benchmarks import speed
 from benchmarks.cli import Parser, at_least
-from benchmarks.data import SOURCES, Dataset, Split
-from benchmarks.hlo import Counts, count
-from benchmarks.methods import METHODS
-from benchmarks.models import MODELS
-from benchmarks.parameters import LISTED, network
+from benchmarks.measuring.hlo import Counts, count
+from benchmarks.measuring.parameters import LISTED, network
+from benchmarks.reporting import report
 from benchmarks.speed import REFERENCE
-from benchmarks.train import make_trainer
+from benchmarks.training import recipes
+from benchmarks.training.build import make_trainer
+from benchmarks.training.data import SOURCES, Dataset, Split
+from benchmarks.training.methods import METHODS
+from benchmarks.training.models import MODELS
 
-DESCRIPTION = Path(__file__).with_name("h100.txtpb")
+DESCRIPTION = Path(__file__).parent / "measuring" / "h100.txtpb"
 DEVICE = "H100 (described, compiled without one)"
 COMPILERS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 NO_COMPILER = "the compiler for NVIDIA GPUs is not installed: pip install 'jax[cuda13]'"
@@ -89,9 +92,9 @@ def measure_training(model: str, method: str, few_kernels: bool) -> dict[str, An
     labels = np.zeros(TRAINING_IMAGES, np.int32)
     one = Split(images[:1], labels[:1])
     data = Dataset(source, Split(images, labels), one, one)
-    values = protocol.hyperparameters("cifar10", model, method)
+    values = recipes.hyperparameters("cifar10", model, method)
     trainer = make_trainer(
-        data, model, method, values, 1, protocol.BATCH_SIZE, "bfloat16", few_kernels=few_kernels
+        data, model, method, values, 1, recipes.BATCH_SIZE, "bfloat16", few_kernels=few_kernels
     )
     state, plan = trainer.shapes(), jax.eval_shape(lambda: trainer.plan(0, 0))
     trainer.replicated = NamedSharding(mesh(), PartitionSpec())
@@ -198,12 +201,12 @@ def count_training(model: str, out: Path | None) -> None:
     """Every method twice: with Flax's BatchNorm and the optimizer as it is, and with few kernels."""
     rows = {}
     for few_kernels in (False, True):
-        for method in protocol.METHODS:
+        for method in recipes.METHODS:
             with Console(stderr=True).status(f"{model}: {method}"):
                 label = METHODS[method].label + (", few kernels" if few_kernels else "")
                 rows[label] = measure_training(model, method, few_kernels)
     title = (
-        f"One training step of {model}, bfloat16, batches of {protocol.BATCH_SIZE}, "
+        f"One training step of {model}, bfloat16, batches of {recipes.BATCH_SIZE}, "
         "compiled for an H100; x: of Adam"
     )
     Console(width=100).print(table(rows, title, METHODS["adam"].label))

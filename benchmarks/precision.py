@@ -10,7 +10,7 @@ Of an optimizer x is the displacement in 20 steps along random gradients, and no
 an error in the steps may be a small part. s is 1 for cosines and for what is zero but for rounding, and
 else 0. The reference is recorded once, on a CPU: in float64, or in float32 for the losses of training
 and the verdicts on spheres. Products are at the highest precision, but for the rows that say "default":
-on a GPU those are in TF32, and judged by its floor. `benchmarks.precision_cases` says where the floors
+on a GPU those are in TF32, and judged by its floor. measuring/precision_cases.py says where the floors
 come from. The exit status is 1 if a row fails; what raises an error fails alone.
 """
 
@@ -33,9 +33,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import report
 from benchmarks.cli import DTYPES, Parser
-from benchmarks.precision_cases import Arrays, Case, Row, Values, cases, checksum
+from benchmarks.measuring.precision_cases import Arrays, Case, Row, Values, cases, checksum
+from benchmarks.reporting import report
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CPU = RESULTS / "precision_reference.npz", RESULTS / "precision_cpu.json"

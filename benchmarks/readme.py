@@ -17,23 +17,15 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import (
-    claims,
-    figures,
-    kernels,
-    precision,
-    protocol,
-    report,
-    speed,
-    table2,
-    throughput,
-)
+from benchmarks import kernels, precision, speed, table2, throughput
 from benchmarks.gpu import predictions
-from benchmarks.loop import Run
-from benchmarks.methods import METHODS
-from benchmarks.published import TABLE2
-from benchmarks.significance import verdict
-from benchmarks.sweep import Job, Store
+from benchmarks.reporting import claims, figures, report
+from benchmarks.reporting.published import TABLE2
+from benchmarks.reporting.significance import verdict
+from benchmarks.runs.store import Job, Store
+from benchmarks.training import recipes
+from benchmarks.training.methods import METHODS
+from benchmarks.training.trainer import Run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -49,13 +41,13 @@ class Study:
         self.column, self.store = any_job.column, store
         args = SimpleNamespace(
             methods=[name for name in METHODS if any(job.method == name for job in jobs)],
-            seeds=1 + max((job.seed for job in jobs if job.seed != protocol.GRID_SEED), default=-1),
+            seeds=1 + max((job.seed for job in jobs if job.seed != recipes.GRID_SEED), default=-1),
             **{
                 name: getattr(any_job, name) for name in ("epochs", "batch_size", "images", "dtype")
             },
-            grid=any(job.seed == protocol.GRID_SEED for job in jobs),
-            rates=protocol.GRID_RATES,
-            decays=protocol.GRID_DECAYS,
+            grid=any(job.seed == recipes.GRID_SEED for job in jobs),
+            rates=recipes.GRID_RATES,
+            decays=recipes.GRID_DECAYS,
             stop_after=math.inf,
         )
         if args.grid:  # of what the grid has
@@ -72,7 +64,7 @@ class Study:
         )
         self.figure = table2.figure(store.folder, any_job)
         methods = [job.method for job in [*self.grid, *self.jobs]]
-        methods = [] if set(methods) <= set(protocol.METHODS) else list(dict.fromkeys(methods))
+        methods = [] if set(methods) <= set(recipes.METHODS) else list(dict.fromkeys(methods))
         seeds = f" --seeds {args.seeds}" if args.seeds else ""
         self.command = (
             f"python -m benchmarks.table2 --columns {self.column}"
@@ -92,14 +84,14 @@ class Study:
             return any(
                 (method, cell.learning_rate, cell.weight_decay) in cells
                 for method in {job.method for job in self.grid}
-                for cell in protocol.grid(method, 0.99, **axis)
+                for cell in recipes.grid(method, 0.99, **axis)
             )
 
-        rates = [f"{rate:g}" for rate in protocol.GRID_RATES if tried(rates=[rate])]
-        decays = [f"{decay:g}" for decay in protocol.GRID_DECAYS if tried(decays=[decay])]
-        some = f" --rates {' '.join(rates)}" if len(rates) < len(protocol.GRID_RATES) else ""
+        rates = [f"{rate:g}" for rate in recipes.GRID_RATES if tried(rates=[rate])]
+        decays = [f"{decay:g}" for decay in recipes.GRID_DECAYS if tried(decays=[decay])]
+        some = f" --rates {' '.join(rates)}" if len(rates) < len(recipes.GRID_RATES) else ""
         return some + (
-            f" --decays {' '.join(decays)}" if len(decays) < len(protocol.GRID_DECAYS) else ""
+            f" --decays {' '.join(decays)}" if len(decays) < len(recipes.GRID_DECAYS) else ""
         )
 
     def rows(self) -> list[tuple[report.Result, Job]]:
@@ -127,7 +119,7 @@ def studies(folder: Path) -> list[Study]:
 
 
 def _in_grid(method: str, jobs: Sequence[Job]) -> bool:
-    return any(job.method == method and job.seed == protocol.GRID_SEED for job in jobs)
+    return any(job.method == method and job.seed == recipes.GRID_SEED for job in jobs)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -181,12 +173,12 @@ def grid_table(study: Study) -> str:
             text = "diverged" if epoch is None else f"{run.validation_accuracy[epoch]:.2f}"
             bold = f"**{text}**" if job == best else text
             texts[job.learning_rate, job.weight_decay] = bold
-        row = [texts.get((rate, decay), "") for rate, _, decay in protocol.grid(name)]
-        if len(row) == len(protocol.GRID_RATES):  # without decay
+        row = [texts.get((rate, decay), "") for rate, _, decay in recipes.grid(name)]
+        if len(row) == len(recipes.GRID_RATES):  # without decay
             row = [text for cell in row for text in (cell, "")]
-        rows.append([METHODS[name].label, f"{protocol.LEARNING_RATES[name]:g} x", *row])
-    rates = [f"{rate:g}" for rate in protocol.GRID_RATES]
-    cells = [f"{rate}, {decay:g}" for rate in rates for decay in protocol.GRID_DECAYS]
+        rows.append([METHODS[name].label, f"{recipes.LEARNING_RATES[name]:g} x", *row])
+    rates = [f"{rate:g}" for rate in recipes.GRID_RATES]
+    cells = [f"{rate}, {decay:g}" for rate in rates for decay in recipes.GRID_DECAYS]
     return markdown(("method", "rate", *cells), rows)
 
 

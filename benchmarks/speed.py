@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.table import Table
 
 import spherical_optax as so
-from benchmarks import report
 from benchmarks.cli import Parser, at_least, one_line
-from benchmarks.methods import METHODS, make_optimizer
-from benchmarks.models import MODELS
-from benchmarks.parameters import IMAGE, LISTED, network
-from benchmarks.torch_steps import TorchStep, torch_environment, torch_steps
+from benchmarks.measuring.parameters import IMAGE, LISTED, network
+from benchmarks.measuring.speed_peers import TorchStep, torch_environment, torch_steps
+from benchmarks.reporting import report
+from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.models import MODELS
 
 LEARNING_RATE = 1e-3
 EVERY = 10  # steps in a row, of which `track` measures one

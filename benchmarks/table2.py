@@ -20,16 +20,18 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import figures, protocol, report
 from benchmarks.cli import Parser, add_dtype, at_least, one_line
-from benchmarks.data import DataError, Dataset, Split, fingerprint, load, random_images
-from benchmarks.loop import Run, Trainer, steps_per_epoch
-from benchmarks.methods import METHODS
-from benchmarks.models import ImageSizeError
-from benchmarks.progress import Overall
-from benchmarks.published import TABLE2
-from benchmarks.sweep import Deadline, Job, Store, SweepError, announce, follow, work
-from benchmarks.train import make_trainer
+from benchmarks.reporting import figures, report
+from benchmarks.reporting.progress import Overall
+from benchmarks.reporting.published import TABLE2
+from benchmarks.runs.store import Job, Store, SweepError
+from benchmarks.runs.workers import Deadline, announce, follow, work
+from benchmarks.training import recipes
+from benchmarks.training.build import make_trainer
+from benchmarks.training.data import DataError, Dataset, Split, fingerprint, load, random_images
+from benchmarks.training.methods import METHODS
+from benchmarks.training.models import ImageSizeError
+from benchmarks.training.trainer import Run, Trainer, steps_per_epoch
 
 SAVE_EVERY = 60.0  # seconds
 WARM_EPOCHS = 3
@@ -39,34 +41,32 @@ TRY_AGAIN = 75  # exit status when the time was up: EX_TEMPFAIL of sysexits.h
 def make_parser() -> Parser:
     parser = Parser(prog="benchmarks.table2", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
-    add("--columns", nargs="+", required=True, choices=protocol.COLUMNS)
-    choices = [*protocol.METHODS, *protocol.LATER]
+    add("--columns", nargs="+", required=True, choices=recipes.COLUMNS)
+    choices = [*recipes.METHODS, *recipes.LATER]
     add(
         "--methods",
         nargs="+",
-        default=protocol.METHODS,
+        default=recipes.METHODS,
         choices=choices,
         help="default: the paper's",
     )
     add("--seeds", type=at_least(int, 1), default=5, help="how many; they are 0, 1, ...")
     add("--epochs", type=at_least(int, 1), help="default: the column's; scales the milestones")
     add("--images", type=at_least(int, 1), help="training images; default: the column's")
-    add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
+    add("--batch-size", type=at_least(int, 1), default=recipes.BATCH_SIZE)
     add_dtype(parser)
     add("--data-dir", type=Path, help="holds NAME.npz or a TFDS folder; default: TFDS downloads")
     add("--out", type=Path, required=True, help="folder of the results; may be shared")
     help_text = "first choose learning rate and weight decay on the validation images"
     add("--grid", action="store_true", help=help_text)
     help_text = "of the grid, as multiples of the published one"
-    add(
-        "--rates", nargs="+", type=at_least(float, 0.0), default=protocol.GRID_RATES, help=help_text
-    )
+    add("--rates", nargs="+", type=at_least(float, 0.0), default=recipes.GRID_RATES, help=help_text)
     help_text = "of the grid, as L2 coefficients"
     add(
         "--decays",
         nargs="+",
         type=at_least(float, 0.0),
-        default=protocol.GRID_DECAYS,
+        default=recipes.GRID_DECAYS,
         help=help_text,
     )
     help_text = "that share every batch; default: all"
@@ -110,17 +110,17 @@ class Sweep:
 
     def grid_jobs(self, column: str) -> list[Job]:
         return [
-            self._job(column, method, values, protocol.GRID_SEED)
+            self._job(column, method, values, recipes.GRID_SEED)
             for method in self.args.methods
-            for values in protocol.grid(method, rates=self.args.rates, decays=self.args.decays)
+            for values in recipes.grid(method, rates=self.args.rates, decays=self.args.decays)
         ]
 
-    def chosen(self, column: str) -> dict[str, protocol.Hyperparameters]:
-        """By the grid, all of which has been run, or those of benchmarks/protocol.py."""
-        dataset, model, *_ = protocol.COLUMNS[column]
+    def chosen(self, column: str) -> dict[str, recipes.Hyperparameters]:
+        """By the grid, all of which has been run, or those of benchmarks/training/recipes.py."""
+        dataset, model, *_ = recipes.COLUMNS[column]
         if not self.args.grid:
             return {
-                method: protocol.hyperparameters(dataset, model, method)
+                method: recipes.hyperparameters(dataset, model, method)
                 for method in self.args.methods
             }
         found = {}
@@ -128,11 +128,11 @@ class Sweep:
         for method in self.args.methods:
             cells = [job for job, result in results.items() if result and job.method == method]
             best = max(cells, key=lambda job: merit(results[job]))
-            found[method] = protocol.Hyperparameters(best.learning_rate, best.b2, best.weight_decay)
+            found[method] = recipes.Hyperparameters(best.learning_rate, best.b2, best.weight_decay)
         return found
 
-    def _job(self, column: str, method: str, values: protocol.Hyperparameters, seed: int) -> Job:
-        args, about = self.args, protocol.COLUMNS[column]
+    def _job(self, column: str, method: str, values: recipes.Hyperparameters, seed: int) -> Job:
+        args, about = self.args, recipes.COLUMNS[column]
         epochs, images = args.epochs or about.epochs, args.images or about.images
         return Job(column, method, *values, epochs, args.batch_size, images, args.dtype, seed)
 
@@ -191,13 +191,13 @@ def trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool =
 
     Its batches are shared by the first `devices`; by default, by all of all processes.
     """
-    any_value = dict.fromkeys(protocol.injected(job.values), 1.0)
+    any_value = dict.fromkeys(recipes.injected(job.values), 1.0)
     return _trainer(job._replace(seed=0, **any_value), data_dir, devices, random)
 
 
 @functools.lru_cache(maxsize=len(METHODS))  # the methods take turns
 def _trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool) -> Trainer:
-    dataset, name, *_ = protocol.COLUMNS[job.column]
+    dataset, name, *_ = recipes.COLUMNS[job.column]
     return make_trainer(
         training_data(dataset, data_dir, job.images, random),
         name,
@@ -316,7 +316,7 @@ def leave(status: int, message: str) -> NoReturn:
 
 def check(column: str, args: Any) -> str:
     """The fingerprint of the data; raises DataError for what training would find out later."""
-    about = protocol.COLUMNS[column]
+    about = recipes.COLUMNS[column]
     data = training_data(about.dataset, args.data_dir, args.images or about.images)
     steps_per_epoch(data, args.batch_size)
     return fingerprint(data)
@@ -343,8 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.distributed is not None:
         join(parser, args.distributed)
     check_devices(parser, args)
-    if args.seeds > protocol.GRID_SEED:
-        parser.error(f"--seeds {args.seeds}: at most {protocol.GRID_SEED}, the seed of the grid")
+    if args.seeds > recipes.GRID_SEED:
+        parser.error(f"--seeds {args.seeds}: at most {recipes.GRID_SEED}, the seed of the grid")
     logging.getLogger("absl").setLevel(logging.ERROR)  # what Orbax warns of is said in one line
     console, messages = Console(), Console(stderr=True)
     store = Store(args.out, lambda line: messages.print(line, highlight=False, soft_wrap=True))
@@ -379,7 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave(1, f"error: another process is lost ({one_line(error)[:200]})")
     found = {column: results(store, of) for column, of in jobs.items()}
     source = (
-        "by the grid, on the validation images" if args.grid else "as in benchmarks/protocol.py"
+        "by the grid, on the validation images"
+        if args.grid
+        else "as in benchmarks/training/recipes.py"
     )
     console.print(f"Learning rates and weight decays {source}")
     console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")

@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 import spherical_optax as so
-from benchmarks import protocol, report
 from benchmarks.cli import DTYPES, Parser, at_least
-from benchmarks.data import SOURCES, Dataset, Split
-from benchmarks.loop import Trainer
-from benchmarks.methods import METHODS, make_optimizer
-from benchmarks.models import MODELS
+from benchmarks.reporting import report
+from benchmarks.training import recipes
+from benchmarks.training.data import SOURCES, Dataset, Split
+from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.models import MODELS
+from benchmarks.training.trainer import Trainer
 
 CPU_MATRIX, MATRIX = 2048, 8192  # rows, for the peak
 TRIES = 5
@@ -82,7 +83,7 @@ class Worker:
             lambda x: net.init(jax.random.key(0), x, train=False)["params"],
             jax.ShapeDtypeStruct((1, *source.shape), jnp.float32),
         )
-        rate, b2, weight_decay = protocol.hyperparameters(source.name, args.model, args.optimizer)
+        rate, b2, weight_decay = recipes.hyperparameters(source.name, args.model, args.optimizer)
         tx = make_optimizer(
             args.optimizer, rate, so.spheres_where(shapes, "Conv"), b2, weight_decay
         )
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", nargs="+", type=positive, default=[1, 2, 4], help="at once, by jax.vmap")
     add("--processes", nargs="+", type=positive, default=[1, 2], help="side by side")
     add("--images", type=positive, default=47_500, help="in an epoch")
-    add("--batch-size", type=positive, default=protocol.BATCH_SIZE)
+    add("--batch-size", type=positive, default=recipes.BATCH_SIZE)
     add("--rounds", type=positive, default=3)
     add("--out", type=Path, help="also write the numbers here, as JSON")
     args = parser.parse_args(argv)

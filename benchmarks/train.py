@@ -11,22 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-from flax import linen as nn
 from rich.console import Console
 
-import spherical_optax as so
-from benchmarks import protocol, report
-from benchmarks.cli import DTYPES, Parser, add_dtype, at_least
-from benchmarks.data import SOURCES, DataError, Dataset, load
-from benchmarks.loop import Run, Trainer, steps_per_epoch
-from benchmarks.methods import METHODS, make_optimizer
-from benchmarks.models import MODELS, ImageSizeError
-from benchmarks.normalization import BatchNorm
-from benchmarks.progress import progress
-from benchmarks.spheres import filter_spheres
+from benchmarks.cli import Parser, add_dtype, at_least
+from benchmarks.reporting import report
+from benchmarks.reporting.progress import progress
+from benchmarks.training import recipes
+from benchmarks.training.build import make_trainer
+from benchmarks.training.data import SOURCES, DataError, load
+from benchmarks.training.methods import METHODS
+from benchmarks.training.models import MODELS, ImageSizeError
+from benchmarks.training.trainer import Run, Trainer
 
 
 def make_parser() -> Parser:
@@ -36,58 +31,15 @@ def make_parser() -> Parser:
     add("--data-dir", type=Path, help="holds NAME.npz or a TFDS folder; default: TFDS downloads")
     add("--model", required=True, choices=MODELS)
     add("--optimizer", required=True, choices=METHODS)
-    add("--epochs", type=at_least(int, 1), default=protocol.EPOCHS)
+    add("--epochs", type=at_least(int, 1), default=recipes.EPOCHS)
     add("--seeds", type=at_least(int, 1), default=5, help="how many; they are 0, 1, ...")
     add("--out", type=Path, required=True, help="folder for the JSON file")
     add("--limit", type=at_least(int, 1), help="use only the first training images")
-    add("--batch-size", type=at_least(int, 1), default=protocol.BATCH_SIZE)
+    add("--batch-size", type=at_least(int, 1), default=recipes.BATCH_SIZE)
     add_dtype(parser)
     for name, below in (("--learning-rate", math.inf), ("--weight-decay", math.inf), ("--b2", 1.0)):
         add(name, type=at_least(float, 0.0, below), help="default: the paper's")
     return parser
-
-
-def make_trainer(
-    data: Dataset,
-    model: str,
-    optimizer: str,
-    values: protocol.Hyperparameters,
-    epochs: int,
-    batch_size: int,
-    dtype: str = DTYPES[0],
-    devices: Sequence[Any] | None = None,
-    few_kernels: bool | None = None,
-) -> Trainer:
-    """Learning rate and weight decay are arguments of its compiled program: see `protocol.injected`.
-
-    `few_kernels`, by default on accelerators, computes the same up to rounding with fewer kernels, each
-    of which costs its launch there: BatchNorm's sums are computed in pairs, and the optimizer's small
-    arrays are stacked. On ResNet-20, a step of AdamSRT has 325 in place of 443, and one of Adam 292 in
-    place of 388 (`python -m benchmarks.kernels --training resnet20`). CPUs keep the program of the
-    published results.
-    """
-    if few_kernels is None:
-        few_kernels = jax.default_backend() != "cpu"
-    steps = epochs * steps_per_epoch(data, batch_size)
-    # What is invariant is measured in float32.
-    spheres = filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
-    norm = BatchNorm if few_kernels else nn.BatchNorm
-    net = MODELS[model](data.source.num_classes, dtype=jnp.dtype(dtype), norm=norm)
-
-    def build(learning_rate: Any, weight_decay: Any = 0.0) -> optax.GradientTransformation:
-        schedule = protocol.step_schedule(learning_rate, steps)
-
-        def make(spheres: Any) -> optax.GradientTransformation:
-            return make_optimizer(optimizer, schedule, spheres, values.b2, weight_decay)
-
-        # Those since the paper may go by the shapes of matrices, which a stack does not keep.
-        stack = few_kernels and optimizer in protocol.METHODS
-        return so.stacked(make, spheres) if stack else make(spheres)
-
-    hyperparams = protocol.injected(values)
-    static = {"weight_decay"} - hyperparams.keys()
-    tx = optax.inject_hyperparams(build, static_args=static)(**hyperparams)
-    return Trainer(net, data, tx, batch_size, devices=devices)
 
 
 def train_seeds(trainer: Trainer, seeds: int, epochs: int) -> list[Run]:
@@ -117,7 +69,7 @@ def describe(run: Run) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    values = protocol.hyperparameters(args.dataset, args.model, args.optimizer)
+    values = recipes.hyperparameters(args.dataset, args.model, args.optimizer)
     given = {name: getattr(args, name) for name in values._fields}
     values = values._replace(**{name: v for name, v in given.items() if v is not None})
     parser.require_writable(args.out, args.out)
@@ -144,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console().print(report.table([result], title))
 
     recipe = {name: v for name, v in vars(args).items() if name not in ("out", "data_dir")}
-    recipe |= values._asdict() | {"learning_rate_times_0.1_at_epochs_of_405": protocol.MILESTONES}
+    recipe |= values._asdict() | {"learning_rate_times_0.1_at_epochs_of_405": recipes.MILESTONES}
     path = args.out / f"{args.dataset}_{args.model}_{args.optimizer}.json"
     content = {"recipe": recipe, "environment": report.environment(), **report.as_json(result)}
     report.write_json(path, content)

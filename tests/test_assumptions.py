@@ -12,7 +12,9 @@ import optax
 import pytest
 
 import spherical_optax as so
-from benchmarks import assumptions, models, protocol
+from benchmarks.assumptions import __main__ as command
+from benchmarks.assumptions import hypotheses, recording
+from benchmarks.training import models, recipes
 
 TINY = partial(models.ResNet, widths=(4,), blocks=0)  # compiles fast
 B1, B2, EPS = 0.9, 0.99, 1e-8
@@ -26,8 +28,8 @@ def normal(seed):
 @pytest.mark.parametrize("name", ["SGD", "SGD-M", "Adam"])
 def test_one_step_agrees_with_the_definitions(name):
     """1 - A <c, u> is A / eta^e, with a and b from the recurrences of the paper."""
-    tx, rate, decay = assumptions.optimizers("cifar10", "resnet20", so.Sphere())[name]
-    watched = assumptions.watch(tx, so.Sphere())
+    tx, rate, decay = recording.optimizers("cifar10", "resnet20", so.Sphere())[name]
+    watched = recording.watch(tx, so.Sphere())
     x = normal(0)
     state, m, v = watched.init(x), 0.0, 0.0
     for count in range(1, 4):
@@ -62,10 +64,10 @@ def test_theorem_4_lacks_what_is_called_neglected(rate):
     grads = so.geometry.project(x, normal(1), so.Sphere())
     tx = so.sgd(rate, so.Sphere(), weight_decay=decay)
     updates, _ = tx.update(grads, tx.init(x), x)
-    step = assumptions.measure(x, grads, updates, so.Sphere())
+    step = recording.measure(x, grads, updates, so.Sphere())
     exact = jnp.linalg.norm(x["w"] + updates["w"], axis=0) ** 4
-    predicted = assumptions.theorem_4(step.radius**4, step.gradient, rate, decay)
-    term = assumptions.neglected(step.radius, step.gradient, rate)
+    predicted = hypotheses.theorem_4(step.radius**4, step.gradient, rate, decay)
+    term = hypotheses.neglected(step.radius, step.gradient, rate)
     np.testing.assert_allclose(exact, predicted + term, rtol=1e-12)
     # Relative to r'^4, it is what the angle alone tells.
     np.testing.assert_allclose(term / exact, jnp.sin(step.angle) ** 4, rtol=1e-10)
@@ -78,13 +80,13 @@ def test_what_theorem_4_neglects_adds_up():
     for count in range(1, 6):
         grads = so.geometry.project(x, normal(count), so.Sphere())
         updates, _ = tx.update(grads, tx.init(x), x)
-        kept.append(assumptions.measure(x, grads, updates, so.Sphere()))
+        kept.append(recording.measure(x, grads, updates, so.Sphere()))
         x = optax.apply_updates(x, updates)
-    steps = assumptions.Step(*(np.stack(column) for column in zip(*kept, strict=True)))
-    terms = assumptions.neglected(steps.radius, steps.gradient, rate)
+    steps = recording.Step(*(np.stack(column) for column in zip(*kept, strict=True)))
+    terms = hypotheses.neglected(steps.radius, steps.gradient, rate)
     beta = (1 - rate * decay) ** 4
     missing = (beta ** np.arange(4, -1, -1)) @ terms / steps.next_radius[-1] ** 4
-    drift = assumptions.accumulated(steps, assumptions.Optimizer(tx, rate, decay))
+    drift = hypotheses.accumulated(steps, recording.Optimizer(tx, rate, decay))
     assert missing.min() > 1e-5  # else there is nothing to see
     off = 1 - (1 - missing) ** 0.25
     np.testing.assert_allclose(
@@ -93,17 +95,17 @@ def test_what_theorem_4_neglects_adds_up():
 
 
 def test_violations_are_counted_and_told():
-    good = assumptions.Step(*np.full((5, 2, 3), 0.5))
+    good = recording.Step(*np.full((5, 2, 3), 0.5))
     bad = good._replace(factor=np.array([[0.5, -0.25, 0.0], [0.5, 0.5, 0.5]]))
     rates = dict.fromkeys(("SGD", "SGD-M", "Adam"), 0.1)
     for adam, violations, words in ((good, 0, "positive at every"), (bad, 2, "NOT always")):
-        values = assumptions.all_values({"SGD": good, "SGD-M": good, "Adam": adam}, rates)
-        rows = assumptions.all_statistics(values)
+        values = hypotheses.all_values({"SGD": good, "SGD-M": good, "Adam": adam}, rates)
+        rows = hypotheses.all_statistics(values)
         assert rows["factor"]["Adam"]["violations"] == violations
         assert rows["factor"]["SGD"]["violations"] == 0
         assert rows["factor"]["Adam"]["values"] == 6
         assert rows["factor"]["Adam"]["worst_after_the_first_steps"] is None
-        assert words in assumptions.verdict(rows)["factor"]
+        assert words in hypotheses.verdict(rows)["factor"]
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def arguments(tmp_path, **changes):
 def finished(tmp_path_factory):
     """What a run of the command recorded, printed and wrote."""
     folder, kept = tmp_path_factory.mktemp("assumptions"), []
-    record = assumptions.record
+    record = command.record
 
     def record_and_keep(*args):
         kept.extend(record(*args))
@@ -127,8 +129,8 @@ def finished(tmp_path_factory):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(models.MODELS, "digits", TINY)
-        patch.setattr(assumptions, "record", record_and_keep)
-        assert assumptions.main(arguments(folder, steps=3, limit=150)) == 0
+        patch.setattr(command, "record", record_and_keep)
+        assert command.main(arguments(folder, steps=3, limit=150)) == 0
     return *kept, printed.getvalue(), folder / "out"
 
 
@@ -145,8 +147,8 @@ def test_theorem_4_on_a_network(finished):
     compared, steps, *_ = finished
     sgd, (_, rate, decay) = steps["SGD"], compared["SGD"]
     np.testing.assert_allclose(sgd.factor, 1 - rate * decay, rtol=1e-5)
-    predicted = assumptions.theorem_4(sgd.radius**4, sgd.gradient, rate, decay)
-    term = assumptions.neglected(sgd.radius, sgd.gradient, rate)
+    predicted = hypotheses.theorem_4(sgd.radius**4, sgd.gradient, rate, decay)
+    term = hypotheses.neglected(sgd.radius, sgd.gradient, rate)
     np.testing.assert_allclose(predicted + term, sgd.next_radius**4, rtol=1e-5)
 
 
@@ -179,7 +181,7 @@ def test_the_command_writes_numbers_and_figure(finished):
 def test_bad_input_gets_one_line_and_code_2(tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.setitem(models.MODELS, "digits", TINY)
     with pytest.raises(SystemExit) as stop:
-        assumptions.main(arguments(tmp_path, **changes))
+        command.main(arguments(tmp_path, **changes))
     assert stop.value.code == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
@@ -189,8 +191,8 @@ def test_bad_input_gets_one_line_and_code_2(tmp_path, capsys, monkeypatch, chang
 
 def test_a_run_that_diverges_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models.MODELS, "digits", TINY)
-    monkeypatch.setitem(protocol.LEARNING_RATES, "sgd", 1e30)
+    monkeypatch.setitem(recipes.LEARNING_RATES, "sgd", 1e30)
     with pytest.raises(SystemExit):
-        assumptions.main(arguments(tmp_path, steps=4))
+        command.main(arguments(tmp_path, steps=4))
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: SGD diverged in step ")

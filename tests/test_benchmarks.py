@@ -14,24 +14,18 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import spherical_optax as so
-from benchmarks import (
-    data,
-    demo_grid,
-    discovery,
-    models,
-    protocol,
-    report,
-    throughput,
-    train,
-)
-from benchmarks.augment import normalize, random_crop_and_flip
-from benchmarks.demo_recipe import METHODS as DEMO_METHODS
-from benchmarks.loop import Run, Trainer
-from benchmarks.methods import METHODS, make_optimizer
-from benchmarks.normalization import BatchNorm
-from benchmarks.progress import LINES, progress
-from benchmarks.significance import verdict
-from benchmarks.spheres import filter_spheres
+from benchmarks import discovery, throughput, train
+from benchmarks.demo import grid as demo_grid
+from benchmarks.demo.recipe import METHODS as DEMO_METHODS
+from benchmarks.reporting import report
+from benchmarks.reporting.progress import LINES, progress
+from benchmarks.reporting.significance import verdict
+from benchmarks.training import build, data, models, recipes
+from benchmarks.training.augment import normalize, random_crop_and_flip
+from benchmarks.training.build import filter_spheres
+from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.normalization import BatchNorm
+from benchmarks.training.trainer import Run, Trainer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -240,7 +234,7 @@ def test_augmentation_crops_and_flips():
 
 
 def test_schedule_drops_three_times():
-    schedule = protocol.step_schedule(1.0, 810)
+    schedule = recipes.step_schedule(1.0, 810)
     steps = (0, 269, 270, 449, 450, 629, 630, 809)
     rates = np.array([schedule(jnp.int32(step)) for step in steps])
     np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3], rtol=1e-6)
@@ -249,10 +243,10 @@ def test_schedule_drops_three_times():
 def test_every_method_has_published_or_borrowed_values():
     for name in METHODS:
         for dataset, model in (("cifar10", "vgg16"), ("digits", "digits")):
-            values = protocol.hyperparameters(dataset, model, name)
+            values = recipes.hyperparameters(dataset, model, name)
             assert values.learning_rate > 0
             assert values.weight_decay >= 0
-    assert protocol.hyperparameters("cifar100", "resnet18", "adamst") == (1e-3, 0.999, 0.0)
+    assert recipes.hyperparameters("cifar100", "resnet18", "adamst") == (1e-3, 0.999, 0.0)
 
 
 # --- training loop ----------------------------------------------------------------------------
@@ -266,7 +260,7 @@ def tiny_trainer(optimizer="adamsrt", dtype="float32", kind=Trainer, **options):
     source = digits.source.__class__(**{**vars(digits.source), "padding": 4})
     few = digits._replace(source=source, train=data.Split(*(a[:50] for a in digits.train)))
     spheres = filter_spheres(TINY(10), source.shape)
-    tx = make_optimizer(optimizer, protocol.step_schedule(1e-2, 12), spheres, 0.99, 1e-3)
+    tx = make_optimizer(optimizer, recipes.step_schedule(1e-2, 12), spheres, 0.99, 1e-3)
     return kind(TINY(10, dtype=jnp.dtype(dtype)), few, tx, 16, **options)
 
 
@@ -330,13 +324,13 @@ def test_batch_norm_is_that_of_flax(dtype):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("optimizer", protocol.METHODS)
+@pytest.mark.parametrize("optimizer", recipes.METHODS)
 def test_few_kernels_compute_the_same(optimizer, monkeypatch):
     monkeypatch.setitem(models.MODELS, "tiny", TINY)
     digits = data.load("digits", limit=50)
-    values = protocol.Hyperparameters(0.01, 0.99, 1e-3)
+    values = recipes.Hyperparameters(0.01, 0.99, 1e-3)
     few, many = (
-        train.make_trainer(digits, "tiny", optimizer, values, 2, 16, few_kernels=few)
+        build.make_trainer(digits, "tiny", optimizer, values, 2, 16, few_kernels=few)
         for few in (True, False)
     )
     assert len(jax.tree.leaves(few.shapes())) <= len(jax.tree.leaves(many.shapes()))

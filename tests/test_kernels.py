@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hlo, kernels, parameters, protocol
-from benchmarks.methods import METHODS
+from benchmarks import kernels
+from benchmarks.measuring import hlo, parameters
+from benchmarks.training import recipes
+from benchmarks.training.methods import METHODS
 
 F = 4 * 1000  # the bytes of an array of the program below
 PROGRAM = """\
@@ -221,8 +223,8 @@ def test_committed_training():
     content = json.loads(path.read_text("utf-8"))
     assert content["command"] == "python -m benchmarks.kernels --training resnet20"
     rows = content["optimizers"]
-    assert len(rows) == 2 * len(protocol.METHODS)
-    for name in protocol.METHODS:
+    assert len(rows) == 2 * len(recipes.METHODS)
+    for name in recipes.METHODS:
         label = METHODS[name].label
         assert rows[f"{label}, few kernels"]["kernels"] < 0.8 * rows[label]["kernels"]
 

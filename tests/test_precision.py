@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import precision, precision_cases, report
-from benchmarks.methods import METHODS
+from benchmarks import precision
+from benchmarks.measuring import precision_cases
+from benchmarks.measuring.precision_cases import Row
 from benchmarks.precision import DTYPES, largest, main
-from benchmarks.precision_cases import Row
+from benchmarks.reporting import report
+from benchmarks.training.methods import METHODS
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 import spherical_optax as so
-from benchmarks import parameters, speed, torch_steps
+from benchmarks import speed
+from benchmarks.measuring import parameters, speed_peers
 
 
 def test_parameters():
@@ -38,7 +39,7 @@ def test_run(tmp_path, monkeypatch, capsys):
     assert rows[speed.REFERENCE]["state_bytes"] == 2 * 4 * 3 * (144 + 8) + 4
     assert 0.5 < rows["so.adamsrt"]["state_ratio"] < 0.6
     assert all(row["milliseconds"] > 0 for row in rows.values())
-    ours = [row for name, row in rows.items() if not name.startswith(torch_steps.LIBRARIES)]
+    ours = [row for name, row in rows.items() if not name.startswith(speed_peers.LIBRARIES)]
     assert all(row["compile_seconds"] > 0 for row in ours)
     few = ["--model", "small", "--rounds", "1", "--only", "so.adamsrt", "--out", str(tmp_path)]
     speed.main(few)

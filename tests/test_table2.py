@@ -21,26 +21,31 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from benchmarks import claims, models, protocol, readme, report, sweep, table2
-from benchmarks.data import load
-from benchmarks.loop import Run, Trainer
-from benchmarks.methods import METHODS
-from benchmarks.published import TABLE2
+from benchmarks import readme, table2
+from benchmarks.reporting import claims, report
+from benchmarks.reporting.published import TABLE2
+from benchmarks.runs import store as storing
+from benchmarks.runs import workers
+from benchmarks.training import models, recipes
+from benchmarks.training.data import load
+from benchmarks.training.methods import METHODS
+from benchmarks.training.trainer import Run, Trainer
 
 KILLS = int(os.environ.get("KILLS", "3"))
 TINY = """
 import sys
 from functools import partial
-from benchmarks import models, protocol, table2
+from benchmarks import table2
+from benchmarks.training import models, recipes
 models.MODELS["tiny"] = partial(models.ResNet, widths=(4,), blocks=0)
-protocol.COLUMNS["digits/tiny"] = protocol.Column("digits", "tiny", images=50, epochs=4)
+recipes.COLUMNS["digits/tiny"] = recipes.Column("digits", "tiny", images=50, epochs=4)
 """
 
 
 def add_column(monkeypatch):
     monkeypatch.setitem(models.MODELS, "tiny", partial(models.ResNet, widths=(4,), blocks=0))
-    column = protocol.Column("digits", "tiny", images=50, epochs=4)
-    monkeypatch.setitem(protocol.COLUMNS, "digits/tiny", column)
+    column = recipes.Column("digits", "tiny", images=50, epochs=4)
+    monkeypatch.setitem(recipes.COLUMNS, "digits/tiny", column)
 
 
 @pytest.fixture(autouse=True)
@@ -102,14 +107,14 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch, epoch, error=Interrupted):
     """Stops the first run that gets there, after its checkpoint."""
-    save = sweep.Checkpoints.save
+    save = storing.Checkpoints.save
 
     def stop(self, run, state, wall_seconds):
         save(self, run, state, wall_seconds)
         if len(run.train_loss) == epoch:
             raise error
 
-    monkeypatch.setattr(sweep.Checkpoints, "save", stop)
+    monkeypatch.setattr(storing.Checkpoints, "save", stop)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch, expected):
@@ -212,7 +217,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, expected, what):
         if what == "result":
             patch.setattr(report, "write_json", full)
         else:
-            patch.setattr(sweep.ocp.CheckpointManager, "save", full)
+            patch.setattr(storing.ocp.CheckpointManager, "save", full)
         with pytest.raises(SystemExit) as stop:
             table2.main(arguments(tmp_path))
     assert stop.value.code == 2
@@ -291,8 +296,8 @@ def test_other_data_of_the_same_name(tmp_path, capsys, monkeypatch, expected):
 
 
 def test_unreadable_data(tmp_path, capsys, monkeypatch):
-    column = protocol.Column("cifar10-16", "tiny", epochs=1)
-    monkeypatch.setitem(protocol.COLUMNS, "digits/tiny", column)
+    column = recipes.Column("cifar10-16", "tiny", epochs=1)
+    monkeypatch.setitem(recipes.COLUMNS, "digits/tiny", column)
     (tmp_path / "cifar10.npz").write_bytes(b"PK")
     with pytest.raises(SystemExit):
         table2.main(arguments(tmp_path / "out", "--data-dir", tmp_path))
@@ -300,7 +305,7 @@ def test_unreadable_data(tmp_path, capsys, monkeypatch):
 
 
 def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
-    store = sweep.Store(tmp_path, print)
+    store = storing.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path))
     job = table2.Sweep(args, store, Console()).jobs("digits/tiny")[0]
     path = tmp_path / "locks" / f"{job.name}.lock"
@@ -314,7 +319,7 @@ def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
 
 def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
     """What another process gives up is taken over; before that, nothing of the table is trained."""
-    store = sweep.Store(tmp_path, print)
+    store = storing.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path, methods=["sgd"], seeds=1))
     cell = table2.Sweep(args, store, Console()).grid_jobs("digits/tiny")[2]
     path = tmp_path / "locks" / f"{cell.name}.lock"
@@ -327,15 +332,15 @@ def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
         waited.append({recipe["seed"] for recipe, _ in outcomes(tmp_path).values()})
         lock.release()
 
-    monkeypatch.setattr(sweep.time, "sleep", give_up)
+    monkeypatch.setattr(workers.time, "sleep", give_up)
     assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
-    assert waited == [{protocol.GRID_SEED}]
+    assert waited == [{recipes.GRID_SEED}]
     assert store.result(cell) is not None
     assert len(outcomes(tmp_path)) == 10 + 1
 
 
 def test_diverged_runs_are_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(protocol.LEARNING_RATES, "sgd", 1e30)
+    monkeypatch.setitem(recipes.LEARNING_RATES, "sgd", 1e30)
     assert table2.main(arguments(tmp_path)) == 0
     assert "-, 2 diverged" in capsys.readouterr().out
     runs = [run for recipe, run in outcomes(tmp_path).values() if recipe["method"] == "sgd"]
@@ -346,9 +351,9 @@ def test_the_grid_chooses(tmp_path, capsys):
     """Only when it is asked for: what is in the folder does not decide what a command trains."""
     assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
     found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
-    cells = [pair for pair in found if pair[0]["seed"] == protocol.GRID_SEED]
+    cells = [pair for pair in found if pair[0]["seed"] == recipes.GRID_SEED]
     (final,) = [recipe for recipe, _ in found if recipe["seed"] == 0]
-    assert len(cells) == len(protocol.grid("sgd")) == 10
+    assert len(cells) == len(recipes.grid("sgd")) == 10
     best = max(
         cells, key=lambda pair: (max(pair[1]["validation_accuracy"]), -pair[1]["train_loss"][-1])
     )
@@ -357,9 +362,9 @@ def test_the_grid_chooses(tmp_path, capsys):
     assert all(set(run["test_accuracy"]) == {None} for _, run in cells)  # never looked at
     assert "weight decays by the grid" in capsys.readouterr().out
     assert table2.main(arguments(tmp_path, methods=["sgd"], seeds=1)) == 0
-    published = protocol.hyperparameters("digits", "tiny", "sgd")
+    published = recipes.hyperparameters("digits", "tiny", "sgd")
     assert len(outcomes(tmp_path)) == 10 + 1 + (published.weight_decay != final["weight_decay"])
-    assert "as in benchmarks/protocol.py" in capsys.readouterr().out
+    assert "as in benchmarks/training/recipes.py" in capsys.readouterr().out
 
 
 def test_one_program_for_all_rates_decays_and_seeds(tmp_path, caplog):
@@ -387,14 +392,14 @@ class Clock:
     """In place of the module `time`: a run lasts a minute."""
 
     def __init__(self, monkeypatch):
-        self._now, execute = 0.0, sweep.execute
+        self._now, execute = 0.0, workers.execute
 
         def in_a_minute(*rest):
             self._now += 60.0
             return execute(*rest)
 
-        monkeypatch.setattr(sweep, "execute", in_a_minute)
-        monkeypatch.setattr(sweep, "time", self)
+        monkeypatch.setattr(workers, "execute", in_a_minute)
+        monkeypatch.setattr(workers, "time", self)
 
     def monotonic(self):
         return self._now
@@ -600,7 +605,7 @@ def test_published_table():
     assert len(TABLE2) == 7 * 6
     assert TABLE2["cifar10/resnet20", "adamst"] == (91.92, 0.18)
     assert TABLE2["svhn_cropped/vgg16", "adamsrt"] == (95.82, 0.05)
-    assert {column for column, _ in TABLE2} < set(protocol.COLUMNS)
+    assert {column for column, _ in TABLE2} < set(recipes.COLUMNS)
 
 
 def test_killed_at_random(tmp_path, expected):

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import protocol
 from benchmarks.gpu import luggage, parcels
+from benchmarks.training import recipes
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -46,9 +46,9 @@ class Setting(NamedTuple):
     column: str = "cifar10/resnet20"
     epochs: int = 10
     dtype: str = "bfloat16"
-    methods: Sequence[str] = protocol.METHODS
+    methods: Sequence[str] = recipes.METHODS
     rates: Sequence[float] = (3.0, 10.0, 30.0)
-    decays: Sequence[float] = protocol.GRID_DECAYS
+    decays: Sequence[float] = recipes.GRID_DECAYS
     seeds: int = 5
     more: Sequence[str] = ()  # options of benchmarks.table2
     models: Sequence[str] = ("gpt2", "resnet18", "small", "resnet50")

@@ -31,8 +31,8 @@ def main() -> None:
         sys.exit(f"not installed: {', '.join(missing)}")
     import jax
 
-    from benchmarks import report
     from benchmarks.cli import one_line
+    from benchmarks.reporting import report
 
     try:
         kind, platform = jax.devices()[0].device_kind, jax.default_backend()

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from benchmarks.data import Source
+from benchmarks.training.data import Source
 
 
 def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:

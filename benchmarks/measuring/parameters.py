@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 import spherical_optax as so
-from benchmarks.models import MODELS
-from benchmarks.spheres import filter_spheres
+from benchmarks.training.build import filter_spheres
+from benchmarks.training.models import MODELS
 
 IMAGE = (32, 32, 3)
 Shapes = dict[str, tuple[int, ...]]

@@ -23,8 +23,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.augment import normalize, random_crop_and_flip
-from benchmarks.data import DataError, Dataset, Source, Split
+from benchmarks.training.augment import normalize, random_crop_and_flip
+from benchmarks.training.data import DataError, Dataset, Source, Split
 
 EVALUATION_BATCH = 400
 

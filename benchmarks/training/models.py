@@ -1,7 +1,7 @@
 """The paper's networks (Flax Linen) by name, for small images in NHWC.
 
 `dtype` is that of the activations; parameters, statistics and logits stay in float32. `norm` takes the
-place of Flax's BatchNorm: see benchmarks/normalization.py.
+place of Flax's BatchNorm: see benchmarks/training/normalization.py.
 
 They follow the authors' released code: convolutions have no bias and are all followed by BatchNorm,
 a ResNet's shortcut is a 1x1 convolution where the shape changes, and a convolution starts uniform in

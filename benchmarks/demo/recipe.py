@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import linen as nn
 
-from benchmarks import protocol, train
-from benchmarks.data import DIGITS_TRAIN, DIGITS_VALIDATION, Dataset
-from benchmarks.loop import Trainer
-from benchmarks.models import MODELS
+from benchmarks.training import build, recipes
+from benchmarks.training.data import DIGITS_TRAIN, DIGITS_VALIDATION, Dataset
+from benchmarks.training.models import MODELS
+from benchmarks.training.trainer import Trainer
 
 METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
 
@@ -43,5 +43,5 @@ def make_model(data: Dataset) -> nn.Module:
 
 def make_trainer(name: str, learning_rate: float, data: Dataset) -> Trainer:
     weight_decay = RECIPE.decoupled_decay if name == "adamw" else RECIPE.l2
-    values = protocol.Hyperparameters(learning_rate, RECIPE.b2, weight_decay)
-    return train.make_trainer(data, "digits", name, values, RECIPE.epochs, RECIPE.batch_size)
+    values = recipes.Hyperparameters(learning_rate, RECIPE.b2, weight_decay)
+    return build.make_trainer(data, "digits", name, values, RECIPE.epochs, RECIPE.batch_size)

@@ -16,11 +16,11 @@ import optax
 from flax import linen as nn
 
 import spherical_optax as so
-from benchmarks.data import SOURCES, Dataset, Split
-from benchmarks.loop import Trainer
-from benchmarks.methods import METHODS, make_optimizer
-from benchmarks.models import MODELS
-from benchmarks.normalization import BatchNorm
+from benchmarks.training.data import SOURCES, Dataset, Split
+from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.models import MODELS
+from benchmarks.training.normalization import BatchNorm
+from benchmarks.training.trainer import Trainer
 
 STEPS, RATE, B2, DECAY = 20, 1e-2, 0.99, 5e-4
 BATCH, TRAINING_RATE = 64, 1e-3
@@ -274,7 +274,7 @@ def images() -> tuple[np.ndarray, np.ndarray]:
 def losses(what: str, dtype: str, few_kernels: bool = False) -> Values:
     """Of four steps; `dtype` is that of the activations.
 
-    With `few_kernels` by the program that `benchmarks.train.make_trainer` makes for accelerators.
+    With `few_kernels` by the program that `training.build.make_trainer` makes for accelerators.
     """
     x, y = images()
     few = Split(x[:1], y[:1])

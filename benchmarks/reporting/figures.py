@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import protocol
-from benchmarks.report import Result
+from benchmarks.reporting.report import Result
+from benchmarks.training import recipes
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes let a line show that
 # another one lies on.
@@ -77,8 +77,8 @@ def median_radius(radii: Mapping[str, Sequence[float]], path: Path) -> None:
 
 def _finish(axes: Axes) -> None:
     start, end = axes.dataLim.intervalx
-    for milestone in protocol.MILESTONES:
-        axes.axvline(end * milestone / protocol.EPOCHS, color="0.8", lw=0.8, zorder=0)
+    for milestone in recipes.MILESTONES:
+        axes.axvline(end * milestone / recipes.EPOCHS, color="0.8", lw=0.8, zorder=0)
     axes.set(xlabel="epoch (grey: learning rate x 0.1)")
     if start < end:
         axes.set_xlim(start, end)

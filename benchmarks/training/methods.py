@@ -7,7 +7,7 @@ import jax
 import optax
 
 import spherical_optax as so
-from benchmarks import protocol
+from benchmarks.training import recipes
 
 Transformation = optax.GradientTransformation
 
@@ -74,11 +74,11 @@ METHODS = {
     "adams": Method("Adam w/o (a)", _adam_like(so.adams)),
     "adamst": Method("Adam w/o (ab)", _adam_like(so.adamst)),
     "adamsrt": Method("Adam w/o (abc)", _adam_like(so.adamsrt)),
-    "sgd": Method("SGD-M", _sgd_like(so.sgd, momentum=protocol.MOMENTUM)),
-    "sgd_mrt": Method("SGD-MRT", _sgd_like(so.sgd_mrt, momentum=protocol.MOMENTUM)),
+    "sgd": Method("SGD-M", _sgd_like(so.sgd, momentum=recipes.MOMENTUM)),
+    "sgd_mrt": Method("SGD-MRT", _sgd_like(so.sgd_mrt, momentum=recipes.MOMENTUM)),
     "adamg_star": Method("AdamG*", _sgd_like(so.adamg_star)),
     "adamp": Method("AdamP", _adam_like(so.adamp)),
-    "sgdp": Method("SGDP", _sgd_like(so.sgdp, momentum=protocol.MOMENTUM)),
+    "sgdp": Method("SGDP", _sgd_like(so.sgdp, momentum=recipes.MOMENTUM)),
     "adamh": Method("AdamH", _adam_like(so.adamh)),
     "muonh": Method("MuonH", _muonh),
 }

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from scipy import stats
 
-from benchmarks.report import Result
+from benchmarks.reporting.report import Result
 
 LEVEL = 0.05
 

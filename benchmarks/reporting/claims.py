@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks import protocol
-from benchmarks.loop import Run
-from benchmarks.methods import METHODS
+from benchmarks.training import recipes
+from benchmarks.training.methods import METHODS
+from benchmarks.training.trainer import Run
 
 CONFIDENCE = 0.95
 SMALLEST = 1e-12  # a loss can be 0
@@ -68,7 +68,7 @@ def _speed(run: Run, epochs: int) -> float:
 # The more the better. After the learning rate has dropped, a loss tells the level, not the speed.
 QUANTITIES = {
     ACCURACY: lambda run: run.selected_test_accuracy,
-    FULL_RATE: lambda run: _speed(run, protocol.full_rate_epochs(len(run.train_loss))),
+    FULL_RATE: lambda run: _speed(run, recipes.full_rate_epochs(len(run.train_loss))),
     WHOLE: lambda run: _speed(run, len(run.train_loss)),
 }
 

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import spherical_optax as so
-from benchmarks.loop import Run
+from benchmarks.training.trainer import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 

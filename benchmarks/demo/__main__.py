@@ -16,18 +16,19 @@ import numpy as np
 from rich.console import Console
 
 import spherical_optax as so
-from benchmarks import demo_grid, figures, report
 from benchmarks.cli import Parser
-from benchmarks.data import load
-from benchmarks.demo_recipe import METHODS, RECIPE, make_model, make_trainer
-from benchmarks.loop import Run, State, Trainer
-from benchmarks.methods import METHODS as REGISTRY
-from benchmarks.progress import progress
-from benchmarks.significance import verdict
-from benchmarks.spheres import filter_spheres
+from benchmarks.demo import grid
+from benchmarks.demo.recipe import METHODS, RECIPE, make_model, make_trainer
+from benchmarks.reporting import figures, report
+from benchmarks.reporting.progress import progress
+from benchmarks.reporting.significance import verdict
+from benchmarks.training.build import filter_spheres
+from benchmarks.training.data import load
+from benchmarks.training.methods import METHODS as REGISTRY
+from benchmarks.training.trainer import Run, State, Trainer
 
 SEEDS = (0, 1, 2)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OUT = ROOT / "results" / "demo"
 
 
@@ -56,7 +57,7 @@ def median_radius(radii: Sequence[list[np.ndarray]]) -> list[float]:
 def run_demo(console: Console) -> None:
     start = time.perf_counter()
     data = load("digits")
-    rates = demo_grid.chosen_rates()
+    rates = grid.chosen_rates()
     spheres = filter_spheres(make_model(data), data.source.shape)
     found = len(jax.tree.leaves(spheres))
     console.print(f"Found by measurement: {found} arrays on spheres, one sphere per filter\n")
@@ -85,14 +86,14 @@ def run_demo(console: Console) -> None:
     test_images = len(data.test.labels)
     title = f"digits: test accuracy on {test_images} images, mean ± std over {len(SEEDS)} seeds"
     console.print(report.table(results, title))
-    console.print(f"Learning rates: chosen beforehand in {demo_grid.PATH.relative_to(ROOT)}")
+    console.print(f"Learning rates: chosen beforehand in {grid.PATH.relative_to(ROOT)}")
     console.print(f"\n{verdict(results)}", highlight=False)
 
     OUT.mkdir(parents=True, exist_ok=True)
     content = {
         "command": "python -m benchmarks.demo",
         "recipe": RECIPE.describe(),
-        "learning_rates_chosen_in": str(demo_grid.PATH.relative_to(ROOT)),
+        "learning_rates_chosen_in": str(grid.PATH.relative_to(ROOT)),
         "environment": report.environment(),
         "verdict": verdict(results),
         "results": [report.as_json(result) for result in results],
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", action="store_true", help="choose the learning rates anew")
     console = Console()
     if parser.parse_args(argv).grid:
-        console.print(demo_grid.search())
+        console.print(grid.search())
     else:
         run_demo(console)
     return 0

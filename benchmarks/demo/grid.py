@@ -9,15 +9,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.data import load
-from benchmarks.demo_recipe import METHODS, RECIPE, make_trainer
-from benchmarks.loop import Run
-from benchmarks.progress import progress
+from benchmarks.demo.recipe import METHODS, RECIPE, make_trainer
+from benchmarks.reporting import report
+from benchmarks.reporting.progress import progress
+from benchmarks.training.data import load
+from benchmarks.training.trainer import Run
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SEEDS = (100, 101, 102)
-PATH = Path(__file__).parent / "results" / "demo_grid.json"
+PATH = Path(__file__).parents[1] / "results" / "demo_grid.json"
 
 
 def search() -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Flax computes every sum over the batch by itself, and XLA makes a GPU kernel of each, which costs its
 launch. Here the two sums of the forward pass are computed by one reduction, and so are the two of the
-backward pass. `benchmarks.train.make_trainer` says what that saves.
+backward pass. `benchmarks.training.build.make_trainer` says what that saves.
 """
 
 from typing import Any

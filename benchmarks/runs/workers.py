@@ -1,0 +1,123 @@
+"""Processes at work on the jobs of a store, each at one of its own or all of them at the same."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from benchmarks.runs.store import Job, Store
+from benchmarks.training import recipes
+from benchmarks.training.trainer import Run, State, Trainer
+
+POLL = 2.0  # seconds
+ANNOUNCEMENT = 1024  # bytes, enough for any job
+
+
+def execute(
+    job: Job, trainer: Trainer, store: Store, save_every: float, show: Callable[[Run], None]
+) -> Run:
+    """Runs a job that has been claimed, from its last checkpoint, and stores what it gives."""
+    with store.checkpoints(job) as checkpoints:
+        restored = checkpoints.restore(trainer.shapes())
+        if restored:
+            store.say(f"{job.name}: goes on after epoch {len(restored[0].train_loss)}")
+        resume, before = (restored[:2], restored[2]) if restored else (None, 0.0)
+        start = saved = time.perf_counter()
+
+        def on_epoch(run: Run, state: State) -> None:
+            nonlocal saved
+            show(run)
+            now = time.perf_counter()
+            if _of_process_0(now - saved >= save_every) and len(run.train_loss) < job.epochs:
+                checkpoints.save(run, state, before + now - start)
+                saved = time.perf_counter()
+
+        test = "never" if job.seed == recipes.GRID_SEED else "every"
+        hyperparams = recipes.injected(job.values)
+        run = trainer.run(job.seed, job.epochs, on_epoch, resume, test, hyperparams)
+        seconds = before + time.perf_counter() - start
+        store.write(job, run, seconds, trainer.sharded.mesh.size)
+    return run
+
+
+class Deadline:
+    """When a command should have ended. No run is begun that would last longer.
+
+    What is compiled first is not counted: it is done once, and no measure of the next run.
+    """
+
+    def __init__(self, seconds: float):
+        self._until, self._longest = time.monotonic() + seconds, 0.0
+
+    def ran(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
+
+    def leaves_time(self) -> bool:
+        """For a run that takes as long as the longest so far."""
+        return time.monotonic() + self._longest < self._until
+
+
+def work(
+    jobs: Sequence[Job],
+    store: Store,
+    trainer: Callable[[Job], Trainer],
+    save_every: float,
+    show: Callable[[Job, Run], None],
+    finished: Callable[[Job, Run], None],
+    *,
+    wait: bool = False,
+    deadline: "Deadline | None" = None,
+) -> bool:
+    """Does what is neither finished nor claimed by another process.
+
+    With `wait`, returns when all is finished: what another process leaves unfinished is taken over.
+    Returns whether the deadline left time for all.
+    """
+    deadline = deadline or Deadline(math.inf)
+    waited_for = 0
+    while True:
+        for job in jobs:
+            if store.result(job) is not None:
+                continue
+            if not deadline.leaves_time():
+                store.say("time is up: the same command goes on")
+                return False
+            with store.claimed(job) as ours:
+                if ours:
+                    announce(job)
+                    made = trainer(job)
+                    made.compile()
+                    began = time.monotonic()
+                    run = execute(job, made, store, save_every, lambda run, job=job: show(job, run))
+                    finished(job, run)
+                    deadline.ran(time.monotonic() - began)
+        left = sum(store.result(job) is None for job in jobs)
+        if not left or not wait:
+            return True
+        if left != waited_for:
+            store.say(f"waiting for {left} runs that other processes have")
+        waited_for = left
+        time.sleep(POLL)
+
+
+def follow(store: Store, trainer: Callable[[Job], Trainer], save_every: float) -> None:
+    """What the other processes of `jax.distributed` do while process 0 is at `work`."""
+    while (job := announce(None)) is not None:
+        execute(job, trainer(job), store, save_every, lambda run: None)
+
+
+def announce(job: Job | None) -> Job | None:
+    """The job of process 0, on every process; None: there is no more."""
+    text = np.frombuffer(json.dumps(job).encode(), np.uint8)
+    padded = np.pad(text, (0, ANNOUNCEMENT - len(text)))
+    found = json.loads(bytes(_of_process_0(padded)).rstrip(b"\0"))
+    return Job(*found) if found else None
+
+
+def _of_process_0(value: Any) -> Any:
+    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
