@@ -45,5 +45,5 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=help_text)
 
 
-def one_line(error: Exception) -> str:
+def to_one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -34,34 +34,34 @@ class Network(NamedTuple):
     tied: bool = False
 
 
-def images(size: int, channels_first: bool = False) -> jax.Array:
+def make_images(size: int, channels_first: bool = False) -> jax.Array:
     x = jax.random.normal(jax.random.key(1), (8, size, size, 3))
     return x.transpose(0, 3, 1, 2) if channels_first else x
 
 
-def _haiku(name: str, **options: Any) -> Callable[[Any], Any]:
+def _make_haiku(name: str, **options: Any) -> Callable[[Any], Any]:
     def make(haiku: Any) -> Any:
         build = getattr(haiku.nets, name)
         net = haiku.transform_with_state(
             lambda x: build(num_classes=10, **options)(x, is_training=True)
         )
-        x = images(64)
+        x = make_images(64)
         params, state = jax.jit(net.init)(KEY, x)
         return lambda params: net.apply(params, state, KEY, x)[0], params
 
     return make
 
 
-def _haiku_mlp(haiku: Any) -> Any:
+def _make_haiku_mlp(haiku: Any) -> Any:
     net = haiku.transform(lambda x: haiku.nets.MLP([32, 32, 10])(x.reshape(len(x), -1)))
-    x = images(8)
+    x = make_images(8)
     params = net.init(KEY, x)
     return lambda params: net.apply(params, KEY, x), params
 
 
-def _flaxmodels(flaxmodels: Any) -> Any:
+def _make_flaxmodels(flaxmodels: Any) -> Any:
     net = flaxmodels.ResNet18(output="logits", pretrained=None, num_classes=10)
-    x = images(64)
+    x = make_images(64)
     variables = jax.jit(functools.partial(net.init, train=True))(KEY, x)
 
     def fn(params: Any) -> Any:
@@ -71,14 +71,14 @@ def _flaxmodels(flaxmodels: Any) -> Any:
     return fn, variables["params"]
 
 
-def _equimo(name: str, size: int, **options: Any) -> Callable[[Any], Any]:
+def _make_equimo(name: str, size: int, **options: Any) -> Callable[[Any], Any]:
     def make(equimo: Any) -> Any:
         equinox = importlib.import_module("equinox")
         net = getattr(importlib.import_module("equimo.models"), name)(
             num_classes=10, **options, key=KEY
         )
         params, static = equinox.partition(net, equinox.is_inexact_array)
-        x = images(size, channels_first=True)
+        x = make_images(size, channels_first=True)
 
         def fn(params: Any) -> Any:
             net = equinox.combine(params, static)
@@ -100,19 +100,22 @@ VIT = {
 }
 CONVNEXT = {"in_channels": 3, "dims": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
 NETWORKS = {
-    "haiku ResNet18": Network("haiku", _haiku("ResNet18"), r"conv.*/w$", FILTER),
+    "haiku ResNet18": Network("haiku", _make_haiku("ResNet18"), r"conv.*/w$", FILTER),
     # Pre-activation: the last convolution of a block goes to the shortcut, not to a BatchNorm.
     "haiku ResNet50 v2": Network(
-        "haiku", _haiku("ResNet50", resnet_v2=True), r"(initial_conv|/conv_0|/conv_1)/w$", FILTER
+        "haiku",
+        _make_haiku("ResNet50", resnet_v2=True),
+        r"(initial_conv|/conv_0|/conv_1)/w$",
+        FILTER,
     ),
-    "haiku MobileNetV1": Network("haiku", _haiku("MobileNetV1"), r"conv.*/w$", FILTER),
-    "haiku MLP": Network("haiku", _haiku_mlp, "(?!)", None),
-    "flaxmodels ResNet18": Network("flaxmodels", _flaxmodels, r"Conv_\d+/kernel$", FILTER),
-    "equimo ViT": Network("equimo", _equimo("VisionTransformer", 32, **VIT), "(?!)", None),
+    "haiku MobileNetV1": Network("haiku", _make_haiku("MobileNetV1"), r"conv.*/w$", FILTER),
+    "haiku MLP": Network("haiku", _make_haiku_mlp, "(?!)", None),
+    "flaxmodels ResNet18": Network("flaxmodels", _make_flaxmodels, r"Conv_\d+/kernel$", FILTER),
+    "equimo ViT": Network("equimo", _make_equimo("VisionTransformer", 32, **VIT), "(?!)", None),
     # LayerNorm follows the stem and the depthwise convolutions, over channels: kernel and bias tied.
     "equimo ConvNeXt": Network(
         "equimo",
-        _equimo("ConvNeXt", 64, **CONVNEXT),
+        _make_equimo("ConvNeXt", 64, **CONVNEXT),
         r"dwconv|blocks/0/downsample/conv",
         LAYER,
         True,
@@ -154,7 +157,7 @@ def measure(network: Network) -> dict[str, Any] | None:
     }
 
 
-def table(rows: dict[str, dict[str, Any] | None]) -> Table:
+def make_table(rows: dict[str, dict[str, Any] | None]) -> Table:
     found = Table(title="find_spheres on others' networks", title_justify="left")
     columns = (
         "network",
@@ -200,11 +203,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows[name] = measure(network)
         for line in (rows[name] or {}).get("wrong", []):
             console.print(f"{name}: {line}", highlight=False)
-    console.print(table(rows))
+    console.print(make_table(rows))
     if args.out:
         content = {
             "command": "python -m benchmarks.discovery",
-            "environment": report.environment(),
+            "environment": report.describe_environment(),
             "networks": rows,
         }
         report.write_json(args.out, content)

@@ -34,7 +34,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli import DTYPES, Parser
-from benchmarks.measuring.precision_cases import Arrays, Case, Row, Values, cases, checksum
+from benchmarks.measuring.precision_cases import (
+    Arrays,
+    Case,
+    Row,
+    Values,
+    compute_checksum,
+    list_cases,
+)
 from benchmarks.reporting import report
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,28 +77,28 @@ def run_all(jobs: Mapping[tuple[str, str], Case]) -> dict[tuple[str, str], Value
         try:
             return run(case, dtype)
         except Exception as error:  # whatever it is, the other rows go on
-            return one_line(error)
+            return describe_error(error)
 
-    with ThreadPoolExecutor(report.environment()["cores"]) as pool:
+    with ThreadPoolExecutor(report.describe_environment()["cores"]) as pool:
         found = {
             key: pool.submit(attempt, key[1], case) for key, case in reversed(list(jobs.items()))
         }
         return {key: future.result() for key, future in found.items()}
 
 
-def one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
-def dtypes(case: Case) -> list[str]:
+def list_dtypes(case: Case) -> list[str]:
     return [dtype for dtype in DTYPES if any(dtype in row.floors for row in case.rows.values())]
 
 
 # --- judgement --------------------------------------------------------------------------------
 
 
-def deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> float:
+def measure_deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> float:
     """Of texts: whether they differ."""
     if x.shape != reference.shape:
         raise ValueError(f"shape {x.shape}, in the reference {reference.shape}")
@@ -101,21 +108,21 @@ def deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> float:
     return float(np.linalg.norm(x - reference)) / size
 
 
-def largest(found: Arrays, reference: Arrays | None, natural: float) -> tuple[float, str]:
+def find_largest(found: Arrays, reference: Arrays | None, natural: float) -> tuple[float, str]:
     """The deviation, and of which array; NaN is larger than any number."""
     if reference is None:
         reference = {name: np.zeros(x.shape) for name, x in found.items()}
     if found.keys() != reference.keys():
         raise ValueError(f"{sorted(found)} are not the {sorted(reference)} of the reference")
     names = list(found)
-    values = [deviation(found[name], reference[name], natural) for name in names]
+    values = [measure_deviation(found[name], reference[name], natural) for name in names]
     i = int(np.argmax(values))
     text = found[names[i]].dtype.kind == "U" and values[i]
     return values[i], names[i] + (f": {found[names[i]]}" if text else "")
 
 
-def floor(row: Row, dtype: str) -> float:
-    coarse = dtype == "float32" and report.float32_products() not in ("float32", "highest")
+def choose_floor(row: Row, dtype: str) -> float:
+    coarse = dtype == "float32" and report.find_float32_products() not in ("float32", "highest")
     return row.coarse if coarse and row.coarse is not None else row.floors[dtype]
 
 
@@ -127,14 +134,14 @@ def judge(
         return {"failed": values, "passes": False}
     try:
         expected = None if row.zero else reference[row.like or what]
-        found, of = largest(values[what], expected, row.natural)
+        found, of = find_largest(values[what], expected, row.natural)
     except Exception as error:  # other arrays, other shapes, or a reference that is zero
-        return {"failed": f"not as in the reference: {one_line(error)}", "passes": False}
-    bound = max(FACTOR * cpu, floor(row, dtype))
+        return {"failed": f"not as in the reference: {describe_error(error)}", "passes": False}
+    bound = max(FACTOR * cpu, choose_floor(row, dtype))
     return {"deviation": found, "of": of, "bound": bound, "passes": found <= bound}
 
 
-def rows(
+def judge_all(
     chosen: Mapping[str, Case], found: Found, reference: Values, cpu: Mapping[Any, float]
 ) -> list[dict[str, Any]]:
     """`cpu` has the recorded deviations, by row and dtype; without one only the floor counts."""
@@ -159,16 +166,16 @@ def measure(
 ) -> dict[str, Any]:
     """Of this device; `cpu` is what this made of a CPU, and None of the one that is that."""
     start = time.perf_counter()
-    jobs = {(name, dtype): case for name, case in chosen.items() for dtype in dtypes(case)}
+    jobs = {(name, dtype): case for name, case in chosen.items() for dtype in list_dtypes(case)}
     found = run_all(jobs)
-    judged = rows(chosen, found, reference, deviations(cpu or {"rows": []}))
+    judged = judge_all(chosen, found, reference, read_deviations(cpu or {"rows": []}))
     if cpu is None:
-        judged = rows(chosen, found, reference, deviations({"rows": judged}))
-    environment = report.environment()
+        judged = judge_all(chosen, found, reference, read_deviations({"rows": judged}))
+    environment = report.describe_environment()
     return {"environment": environment, "seconds": time.perf_counter() - start, "rows": judged}
 
 
-def deviations(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+def read_deviations(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     return {
         (row["what"], dtype): found
         for row in content["rows"]
@@ -182,14 +189,14 @@ def deviations(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 def record() -> dict[str, Any]:
     """Writes both files, if nothing fails."""
-    chosen = cases()
+    chosen = list_cases()
     jobs = {
         (name, case.reference): case
         for name, case in chosen.items()
         if not all(row.zero or row.like for row in case.rows.values())
     }
     found = run_all(jobs)
-    arrays: dict[str, Any] = {"checksum": np.uint32(checksum())}
+    arrays: dict[str, Any] = {"checksum": np.uint32(compute_checksum())}
     for (name, _), values in found.items():
         if isinstance(values, str):
             raise RuntimeError(f"{name}: {values}")
@@ -207,7 +214,7 @@ def record() -> dict[str, Any]:
 def load_reference() -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, dict[str, np.ndarray]] = {}
     with np.load(io.BytesIO(REFERENCE.read_bytes())) as file:
-        if file["checksum"] != checksum():
+        if file["checksum"] != compute_checksum():
             raise ValueError("this NumPy draws other random numbers than the one that recorded it")
         for key in set(file.files) - {"checksum"}:
             what, _, name = key.partition("|")
@@ -220,16 +227,16 @@ def load() -> tuple[Values, dict[str, Any]]:
     """The reference and what a CPU makes of it; ValueError if there is none that can be read."""
     try:
         content = json.loads(CPU.read_text("utf-8"))
-        deviations(content)
+        read_deviations(content)
         return load_reference(), content
     except UNREADABLE as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(describe_error(error)) from error
 
 
 # --- the report -------------------------------------------------------------------------------
 
 
-def _cell(measured: Mapping[str, Any] | None) -> str:
+def _format_cell(measured: Mapping[str, Any] | None) -> str:
     if measured is None:
         return "-"
     if "failed" in measured:
@@ -238,14 +245,14 @@ def _cell(measured: Mapping[str, Any] | None) -> str:
     return "NaN" if found is None or found != found else f"{found:.1e}" if found else "0"
 
 
-def cells(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def format_rows(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The numbers as texts, a dash for what there is not; `cpu` is the recorded content."""
     beside = {row["what"]: row for row in cpu["rows"]}
     return [
         (
             row["what"],
             *(
-                _cell(of.get(dtype))
+                _format_cell(of.get(dtype))
                 for dtype in DTYPES
                 for of in (beside.get(row["what"], {}), row)
             ),
@@ -259,14 +266,14 @@ def passes(row: Mapping[str, Any]) -> bool:
     return all(row[dtype]["passes"] for dtype in DTYPES if row[dtype])
 
 
-def problems(content: Mapping[str, Any]) -> list[str]:
+def list_problems(content: Mapping[str, Any]) -> list[str]:
     """A line for whatever fails."""
     return [
         f"{row['what']}, {dtype}: "
         + (
             f"failed: {found['failed']}"
             if "failed" in found
-            else f"{_cell(found)} ({found['of']}), and at most {found['bound']:.1e} passes"
+            else f"{_format_cell(found)} ({found['of']}), and at most {found['bound']:.1e} passes"
         )
         for row in content["rows"]
         for dtype in DTYPES
@@ -274,7 +281,7 @@ def problems(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def table(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> Table:
+def make_table(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> Table:
     environment = content["environment"]
     found = Table(title_justify="left", box=SIMPLE_HEAD, padding=0)
     found.title = (
@@ -284,7 +291,7 @@ def table(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> Table:
     found.add_column(HEADER[0], no_wrap=True)
     for column in HEADER[1:]:
         found.add_column(column, justify="right", max_width=8)
-    for row in cells(content, cpu):
+    for row in format_rows(content, cpu):
         found.add_row(*row)
     return found
 
@@ -293,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="benchmarks.precision", description=str(__doc__).splitlines()[0])
     help_text = "record the reference and the CPU's deviations; on a CPU only"
     parser.add_argument("--record", action="store_true", help=help_text)
-    known = cases()
+    known = list_cases()
     parser.add_argument("--only", nargs="+", choices=list(known), metavar="NAME")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
     args = parser.parse_args(argv)
@@ -316,8 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"no reference ({error}); record one on a CPU: {COMMAND} --record")
         chosen = {name: known[name] for name in args.only or known}
         content = measure(chosen, reference, cpu)
-    Console().print(table(content, cpu))
-    found = problems(content)
+    Console().print(make_table(content, cpu))
+    found = list_problems(content)
     print("\n".join(found) or f"everything passes, in {content['seconds']:.0f} s")
     if args.out:
         only = ["--only", *args.only] if args.only else []

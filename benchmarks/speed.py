@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 import spherical_optax as so
-from benchmarks.cli import Parser, at_least, one_line
-from benchmarks.measuring.parameters import IMAGE, LISTED, network
-from benchmarks.measuring.speed_peers import TorchStep, torch_environment, torch_steps
+from benchmarks.cli import Parser, at_least, to_one_line
+from benchmarks.measuring.parameters import IMAGE, LISTED, describe_network
+from benchmarks.measuring.speed_peers import TorchStep, describe_torch, make_torch_steps
 from benchmarks.reporting import report
-from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.methods import OPTIMIZERS, make_optimizer
 from benchmarks.training.models import MODELS
 
 LEARNING_RATE = 1e-3
@@ -43,7 +43,7 @@ EVERY = 10  # steps in a row, of which `track` measures one
 REFERENCE, FLOOR = "optax.adam", "x + c g"
 
 
-def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTransformation]:
+def make_optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTransformation]:
     adam = optax.adam(LEARNING_RATE)
     return {
         FLOOR: optax.sgd(LEARNING_RATE),
@@ -52,7 +52,7 @@ def optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTra
         "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
         **{
             f"so.{name}": make_optimizer(name, LEARNING_RATE, spheres, 0.999, weight_decay)
-            for name in METHODS
+            for name in OPTIMIZERS
             if name not in ("adamw", "muonh")  # the blocks of so.adam; matrix products
         },
         "so.stacked(so.adamsrt)": so.stacked(
@@ -94,10 +94,10 @@ class Step:
         self.scan = scan
         self.params = jax.tree.map(jnp.copy, params)
         self.state = tx.init(self.params)
-        self.state_bytes = _bytes(self.state)
+        self.state_bytes = _count_bytes(self.state)
         self.seconds: list[float] = []
         count = len(jax.tree.leaves(grads)[0])
-        self._grads = [grads] if self.scan else [_at(grads, i) for i in range(count)]
+        self._grads = [grads] if self.scan else [_select_step(grads, i) for i in range(count)]
         self._lowered = jax.jit(steps if self.scan else step, donate_argnums=(0, 1)).lower(
             self.params, self.state, self._grads[0]
         )
@@ -120,15 +120,15 @@ class Step:
         self.seconds.append((time.perf_counter() - start) / EVERY)
 
 
-def _at(grads: Any, step: int) -> Any:
+def _select_step(grads: Any, step: int) -> Any:
     return jax.tree.map(lambda g: g[step], grads)
 
 
-def _bytes(tree: Any) -> int:
+def _count_bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def gradient(model: str, batch: int) -> Callable[[Any], Any]:
+def make_gradient(model: str, batch: int) -> Callable[[Any], Any]:
     """Of the loss on random images, with the model in training mode."""
     net = MODELS[model](10)
     images = jax.random.normal(jax.random.key(1), (batch, *IMAGE))
@@ -170,17 +170,19 @@ def measure(
     params = jax.tree.map(random, shapes)
     grads = jax.tree.map(lambda x: random(x, EVERY if scan else 1), shapes)
     contenders: dict[str, Step | TorchStep] = {}
-    for name, tx in optimizers(spheres, weight_decay).items():
+    for name, tx in make_optimizers(spheres, weight_decay).items():
         if only is None or name in (REFERENCE, FLOOR, *only):
             contenders[name] = Step(tx, params, grads, gradient, scan)
     compile_all([step for step in contenders.values() if isinstance(step, Step)])
     if gradient is None and torch:
         try:
-            contenders |= torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
+            contenders |= make_torch_steps(
+                params, grads, spheres, LEARNING_RATE, weight_decay, EVERY
+            )
         except (
             RuntimeError
         ) as error:  # PyTorch's, out of memory, say: ours are measured all the same
-            print(f"without PyTorch: {one_line(error)[:200]}", file=sys.stderr)
+            print(f"without PyTorch: {to_one_line(error)[:200]}", file=sys.stderr)
     turn()
     for step in contenders.values():  # the first call touches memory for the first time
         step.run()
@@ -190,7 +192,7 @@ def measure(
             step.run()
 
     def bytes_moved(step: Step | TorchStep) -> int:
-        return 3 * _bytes(params) + 2 * step.state_bytes
+        return 3 * _count_bytes(params) + 2 * step.state_bytes
 
     reference, floor = contenders[REFERENCE], contenders[FLOOR]
     floor_seconds = statistics.median(floor.seconds)
@@ -214,7 +216,7 @@ def measure(
 HEADER = ("optimizer", "ms", "time", "x floor", "state", "temp. MiB", "compile s")
 
 
-def cells(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+def format_rows(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """The numbers of every optimizer as texts, a dash for what there is not."""
 
     def text(value: float | None, form: str) -> str:
@@ -234,18 +236,22 @@ def cells(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def table(rows: dict[str, dict[str, Any]], title: str) -> Table:
+def make_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     found = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for i, column in enumerate(HEADER):
         found.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in cells(rows):
+    for row in format_rows(rows):
         found.add_row(*row)
     return found
 
 
-def file_name(model: str, training: bool = False, few: bool = False, device: str = "") -> str:
+def make_file_name(model: str, training: bool = False, few: bool = False, device: str = "") -> str:
     """Of the results on a device, by default on this one."""
-    parts = ("training" if training else "", "few" if few else "", device or report.device_slug())
+    parts = (
+        "training" if training else "",
+        "few" if few else "",
+        device or report.make_device_slug(),
+    )
     return "_".join(("speed", *filter(None, parts), f"{model}.json"))
 
 
@@ -259,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight-decay", type=at_least(float, 0.0), default=0.0, help=help_text)
     help_text = "time whole training steps on this many images, not the optimizers alone"
     parser.add_argument("--batch", type=at_least(int, 1), help=help_text)
-    names = list(optimizers(None, 0.0))
+    names = list(make_optimizers(None, 0.0))
     help_text = "these beside optax.adam, and none of PyTorch's: fewer disturb each other less"
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=help_text)
     help_text = "PyTorch's beside --only too"
@@ -282,8 +288,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lock.acquire()  # until this process ends
 
     for model in args.model:
-        shapes, spheres = network(model)
-        training = None if args.batch is None else gradient(model, args.batch)
+        shapes, spheres = describe_network(model)
+        training = None if args.batch is None else make_gradient(model, args.batch)
         rows = measure(
             shapes,
             spheres,
@@ -297,16 +303,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parameters = sum(x.size for x in jax.tree.leaves(shapes))
         what = "One step" if training is None else f"One training step with {args.batch} images"
         title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
-        Console().print(table(rows, title))
+        Console().print(make_table(rows, title))
         if args.out:
-            path = args.out / file_name(model, bool(args.batch), bool(args.only))
+            path = args.out / make_file_name(model, bool(args.batch), bool(args.only))
             words = ["python -m benchmarks.speed", "--model", model, "--rounds", args.rounds]
             words += ["--weight-decay", f"{args.weight_decay:g}"]
             words += ["--batch", args.batch] if args.batch else []
             words += ["--only", *map(shlex.quote, args.only)] if args.only else []
             words += ["--torch"] if args.torch else []
             command = " ".join(map(str, words))
-            environment = report.environment() | torch_environment()
+            environment = report.describe_environment() | describe_torch()
             about = {"command": command, "title": title, "environment": environment}
             report.write_json(path, about | {"optimizers": rows})
             print(f"written: {path}")

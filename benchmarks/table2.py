@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cli import Parser, add_dtype, at_least, one_line
+from benchmarks.cli import Parser, add_dtype, at_least, to_one_line
 from benchmarks.reporting import figures, report
 from benchmarks.reporting.progress import Overall
 from benchmarks.reporting.published import TABLE2
@@ -28,10 +28,17 @@ from benchmarks.runs.store import Job, Store, SweepError
 from benchmarks.runs.workers import Deadline, announce, follow, work
 from benchmarks.training import recipes
 from benchmarks.training.build import make_trainer
-from benchmarks.training.data import DataError, Dataset, Split, fingerprint, load, random_images
-from benchmarks.training.methods import METHODS
+from benchmarks.training.data import (
+    DataError,
+    Dataset,
+    Split,
+    compute_fingerprint,
+    load,
+    make_random_images,
+)
+from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.models import ImageSizeError
-from benchmarks.training.trainer import Run, Trainer, steps_per_epoch
+from benchmarks.training.trainer import Run, Trainer, count_steps
 
 SAVE_EVERY = 60.0  # seconds
 WARM_EPOCHS = 3
@@ -42,11 +49,11 @@ def make_parser() -> Parser:
     parser = Parser(prog="benchmarks.table2", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--columns", nargs="+", required=True, choices=recipes.COLUMNS)
-    choices = [*recipes.METHODS, *recipes.LATER]
+    choices = [*recipes.PAPER_METHODS, *recipes.SINCE_THE_PAPER]
     add(
         "--methods",
         nargs="+",
-        default=recipes.METHODS,
+        default=recipes.PAPER_METHODS,
         choices=choices,
         help="default: the paper's",
     )
@@ -97,48 +104,50 @@ class Sweep:
 
     def trainer(self, job: Job) -> Trainer:
         args = self.args
-        return trainer(job, args.data_dir, args.devices, random=args.warm is not None)
+        return get_trainer(job, args.data_dir, args.devices, random=args.warm is not None)
 
-    def jobs(self, column: str) -> list[Job]:
+    def list_jobs(self, column: str) -> list[Job]:
         """Every method's first seed, then every method's second: an interrupted table has all rows."""
-        chosen = self.chosen(column)
+        chosen = self.choose(column)
         return [
-            self._job(column, method, chosen[method], seed)
+            self._make_job(column, method, chosen[method], seed)
             for seed in range(self.args.seeds)
             for method in self.args.methods
         ]
 
-    def grid_jobs(self, column: str) -> list[Job]:
+    def list_grid_jobs(self, column: str) -> list[Job]:
         return [
-            self._job(column, method, values, recipes.GRID_SEED)
+            self._make_job(column, method, values, recipes.GRID_SEED)
             for method in self.args.methods
-            for values in recipes.grid(method, rates=self.args.rates, decays=self.args.decays)
+            for values in recipes.list_grid(method, rates=self.args.rates, decays=self.args.decays)
         ]
 
-    def chosen(self, column: str) -> dict[str, recipes.Hyperparameters]:
+    def choose(self, column: str) -> dict[str, recipes.Hyperparameters]:
         """By the grid, all of which has been run, or those of benchmarks/training/recipes.py."""
         dataset, model, *_ = recipes.COLUMNS[column]
         if not self.args.grid:
             return {
-                method: recipes.hyperparameters(dataset, model, method)
+                method: recipes.get_hyperparameters(dataset, model, method)
                 for method in self.args.methods
             }
         found = {}
-        results = {job: self.store.result(job) for job in self.grid_jobs(column)}
+        results = {job: self.store.read_result(job) for job in self.list_grid_jobs(column)}
         for method in self.args.methods:
             cells = [job for job, result in results.items() if result and job.method == method]
-            best = max(cells, key=lambda job: merit(results[job]))
+            best = max(cells, key=lambda job: rank(results[job]))
             found[method] = recipes.Hyperparameters(best.learning_rate, best.b2, best.weight_decay)
         return found
 
-    def _job(self, column: str, method: str, values: recipes.Hyperparameters, seed: int) -> Job:
+    def _make_job(
+        self, column: str, method: str, values: recipes.Hyperparameters, seed: int
+    ) -> Job:
         args, about = self.args, recipes.COLUMNS[column]
         epochs, images = args.epochs or about.epochs, args.images or about.images
         return Job(column, method, *values, epochs, args.batch_size, images, args.dtype, seed)
 
     def run(self, jobs: Sequence[Job], *, wait: bool = False) -> bool:
         """Whether there was time for all of them."""
-        missing = [job for job in jobs if self.store.result(job) is None]
+        missing = [job for job in jobs if self.store.read_result(job) is None]
 
         def done() -> int:  # also by other processes
             return sum(job.epochs for job in jobs if self.store.holds(job))
@@ -147,7 +156,7 @@ class Sweep:
 
         def show(job: Job, run: Run) -> None:
             epoch, text = len(run.train_loss), f"loss {run.train_loss[-1]:.4f}"
-            overall.update(_title(job), text, epoch, job.epochs, done() + epoch)
+            overall.update(_describe(job), text, epoch, job.epochs, done() + epoch)
 
         def finished(job: Job, run: Run) -> None:
             accuracies = "diverged"
@@ -156,8 +165,8 @@ class Sweep:
             if run.selected_test_accuracy is not None:
                 accuracies += f", test {run.selected_test_accuracy:.2f} %"
             speed = job.batch_size / statistics.median(run.step_time)
-            overall.finished(
-                f"{_title(job)}: loss {run.train_loss[-1]:.4f}, {accuracies}, {speed:,.0f} images/s",
+            overall.report_finished(
+                f"{_describe(job)}: loss {run.train_loss[-1]:.4f}, {accuracies}, {speed:,.0f} images/s",
                 done(),
             )
 
@@ -177,29 +186,31 @@ class Sweep:
 
 
 @functools.lru_cache(maxsize=1)
-def training_data(
+def load_training_data(
     dataset: str, data_dir: Path | None, images: int | None, random: bool = False
 ) -> Dataset:
-    data = random_images(dataset) if random else load(dataset, data_dir)
+    data = make_random_images(dataset) if random else load(dataset, data_dir)
     if images and images > len(data.train.labels):
         raise DataError(f"{dataset}: {len(data.train.labels)} training images, not {images}")
     return data._replace(train=Split(*(array[:images] for array in data.train)))
 
 
-def trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool = False) -> Trainer:
+def get_trainer(
+    job: Job, data_dir: Path | None, devices: int | None, random: bool = False
+) -> Trainer:
     """Compiled once for all seeds, learning rates and decays of a method.
 
     Its batches are shared by the first `devices`; by default, by all of all processes.
     """
-    any_value = dict.fromkeys(recipes.injected(job.values), 1.0)
-    return _trainer(job._replace(seed=0, **any_value), data_dir, devices, random)
+    any_value = dict.fromkeys(recipes.select_injected(job.values), 1.0)
+    return _make_trainer(job._replace(seed=0, **any_value), data_dir, devices, random)
 
 
-@functools.lru_cache(maxsize=len(METHODS))  # the methods take turns
-def _trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool) -> Trainer:
+@functools.lru_cache(maxsize=len(OPTIMIZERS))  # the methods take turns
+def _make_trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool) -> Trainer:
     dataset, name, *_ = recipes.COLUMNS[job.column]
     return make_trainer(
-        training_data(dataset, data_dir, job.images, random),
+        load_training_data(dataset, data_dir, job.images, random),
         name,
         job.method,
         job.values,
@@ -210,12 +221,12 @@ def _trainer(job: Job, data_dir: Path | None, devices: int | None, random: bool)
     )
 
 
-def warm(sweep: Sweep, column: str) -> dict[str, dict[str, Any]]:
+def warm_up(sweep: Sweep, column: str) -> dict[str, dict[str, Any]]:
     """Compiles what the runs need, and times epochs of every method.
 
     A program knows of the images only how many there are: random ones fill the compilation cache too.
     """
-    jobs = sweep.grid_jobs(column) if sweep.args.grid else sweep.jobs(column)
+    jobs = sweep.list_grid_jobs(column) if sweep.args.grid else sweep.list_jobs(column)
     found = {}
     for method, job in {job.method: job for job in reversed(jobs)}.items():
         made = sweep.trainer(job)
@@ -231,14 +242,14 @@ def warm(sweep: Sweep, column: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _title(job: Job) -> str:
+def _describe(job: Job) -> str:
     return (
-        f"{job.column}, {METHODS[job.method].label}, rate {job.learning_rate:g}, "
+        f"{job.column}, {OPTIMIZERS[job.method].label}, rate {job.learning_rate:g}, "
         f"decay {job.weight_decay:g}, seed {job.seed}"
     )
 
 
-def merit(result: dict[str, Any] | None) -> tuple[float, float]:
+def rank(result: dict[str, Any] | None) -> tuple[float, float]:
     assert result is not None
     run = Run(**result["run"])
     if run.diverged:
@@ -246,20 +257,22 @@ def merit(result: dict[str, Any] | None) -> tuple[float, float]:
     return max(run.validation_accuracy), -run.train_loss[-1]
 
 
-def results(store: Store, jobs: Sequence[Job]) -> list[report.Result]:
+def collect_results(store: Store, jobs: Sequence[Job]) -> list[report.Result]:
     """One row per method, of the jobs that have finished."""
     rows: dict[str, list[tuple[Job, Run]]] = {}
     for job in jobs:
-        found = store.result(job)
+        found = store.read_result(job)
         if found:
             rows.setdefault(job.method, []).append((job, Run(**found["run"])))
     return [
-        report.Result(name, METHODS[name].label, row[0][0].learning_rate, 0.0, [r for _, r in row])
+        report.Result(
+            name, OPTIMIZERS[name].label, row[0][0].learning_rate, 0.0, [r for _, r in row]
+        )
         for name, row in rows.items()
     ]
 
 
-def table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
+def make_table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
     """Ours beside the paper's: mean and standard deviation of the test accuracy, and how many seeds."""
     made = Table()
     made.add_column("method", no_wrap=True)
@@ -267,29 +280,29 @@ def table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
         made.add_column(column, justify="right", no_wrap=True)
         made.add_column("paper", justify="right", no_wrap=True)
     found = {row.name for rows in columns.values() for row in rows}
-    for method in (name for name in METHODS if name in found):
+    for method in (name for name in OPTIMIZERS if name in found):
         cells = []
         for column, rows in columns.items():
             ours = next((row for row in rows if row.name == method), None)
-            cells += [cell(ours), published(column, method)]
-        made.add_row(METHODS[method].label, *cells)
+            cells += [format_cell(ours), format_published(column, method)]
+        made.add_row(OPTIMIZERS[method].label, *cells)
     return made
 
 
-def figure(folder: Path, job: Job) -> Path:
+def locate_figure(folder: Path, job: Job) -> Path:
     return folder / f"{job.column.replace('/', '_')}_{job.setting}_training_loss.png"
 
 
-def cell(result: report.Result | None) -> str:
+def format_cell(result: report.Result | None) -> str:
     if result is None:
         return "-"
     found = result.test_accuracies
     lost = sum(run.diverged for run in result.runs)
-    text = report.mean_std(found, 2) + (f" ({len(found)})" if found else "")
+    text = report.format_mean_std(found, 2) + (f" ({len(found)})" if found else "")
     return f"{text}, {lost} diverged" if lost else text
 
 
-def published(column: str, method: str) -> str:
+def format_published(column: str, method: str) -> str:
     return "{:.2f} ± {:.2f}".format(*found) if (found := TABLE2.get((column, method))) else "-"
 
 
@@ -304,7 +317,7 @@ def join(parser: Parser, words: Sequence[str]) -> None:
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
-        parser.error(f"--distributed: {one_line(error)}")
+        parser.error(f"--distributed: {to_one_line(error)}")
 
 
 def leave(status: int, message: str) -> NoReturn:
@@ -317,9 +330,9 @@ def leave(status: int, message: str) -> NoReturn:
 def check(column: str, args: Any) -> str:
     """The fingerprint of the data; raises DataError for what training would find out later."""
     about = recipes.COLUMNS[column]
-    data = training_data(about.dataset, args.data_dir, args.images or about.images)
-    steps_per_epoch(data, args.batch_size)
-    return fingerprint(data)
+    data = load_training_data(about.dataset, args.data_dir, args.images or about.images)
+    count_steps(data, args.batch_size)
+    return compute_fingerprint(data)
 
 
 def check_devices(parser: Parser, args: Any) -> None:
@@ -354,8 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             follow(store, sweep.trainer, args.save_every)
             return 0
         if args.warm:
-            speeds = {column: warm(sweep, column) for column in args.columns}
-            about = {"environment": report.environment(), "columns": speeds}
+            speeds = {column: warm_up(sweep, column) for column in args.columns}
+            about = {"environment": report.describe_environment(), "columns": speeds}
             report.write_json(args.warm, about)
             return 0
         store.platform = jax.default_backend()
@@ -363,10 +376,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             store.data[column] = check(column, args)
         if args.grid:
             # All of it: what the table trains depends on it.
-            grid_jobs = [job for column in args.columns for job in sweep.grid_jobs(column)]
+            grid_jobs = [job for column in args.columns for job in sweep.list_grid_jobs(column)]
             if not sweep.run(grid_jobs, wait=True):
                 return TRY_AGAIN
-        jobs = {column: sweep.jobs(column) for column in args.columns}
+        jobs = {column: sweep.list_jobs(column) for column in args.columns}
         in_time = sweep.run([job for column in jobs.values() for job in column])
         announce(None)
     except (DataError, ImageSizeError, SweepError) as error:
@@ -376,8 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        leave(1, f"error: another process is lost ({one_line(error)[:200]})")
-    found = {column: results(store, of) for column, of in jobs.items()}
+        leave(1, f"error: another process is lost ({to_one_line(error)[:200]})")
+    found = {column: collect_results(store, of) for column, of in jobs.items()}
     source = (
         "by the grid, on the validation images"
         if args.grid
@@ -387,15 +400,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")
     if any("svhn" in column for column in args.columns):
         console.print("(the paper's SVHN: validation accuracy)")
-    console.print(table(found))
-    unfinished = sum(store.result(job) is None for of in jobs.values() for job in of)
+    console.print(make_table(found))
+    unfinished = sum(store.read_result(job) is None for of in jobs.values() for job in of)
     if unfinished:
         why = "other processes have them" if in_time else "the time was up"
         console.print(f"{unfinished} runs are not finished: {why}")
     for column, rows in found.items():
         if rows:
-            path = figure(args.out, jobs[column][0])
-            figures.training_loss_twice(rows, column, path)
+            path = locate_figure(args.out, jobs[column][0])
+            figures.draw_training_loss_twice(rows, column, path)
             console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0 if in_time else TRY_AGAIN
 

@@ -31,7 +31,7 @@ from benchmarks.cli import DTYPES, Parser, at_least
 from benchmarks.reporting import report
 from benchmarks.training import recipes
 from benchmarks.training.data import SOURCES, Dataset, Split
-from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.methods import OPTIMIZERS, make_optimizer
 from benchmarks.training.models import MODELS
 from benchmarks.training.trainer import Trainer
 
@@ -58,8 +58,10 @@ class ManySeeds(Trainer):
             [super(ManySeeds, self).init(seed + i, hyperparams) for i in range(self.seeds)]
         )
 
-    def plan(self, seed: int, epoch: int) -> Any:
-        return _stack([super(ManySeeds, self).plan(seed + i, epoch) for i in range(self.seeds)])
+    def draw_plan(self, seed: int, epoch: int) -> Any:
+        return _stack(
+            [super(ManySeeds, self).draw_plan(seed + i, epoch) for i in range(self.seeds)]
+        )
 
     def train_step(self, *args: Any) -> Any:
         return jax.vmap(super().train_step, in_axes=(0, None, None, 0, None))(*args)
@@ -83,7 +85,9 @@ class Worker:
             lambda x: net.init(jax.random.key(0), x, train=False)["params"],
             jax.ShapeDtypeStruct((1, *source.shape), jnp.float32),
         )
-        rate, b2, weight_decay = recipes.hyperparameters(source.name, args.model, args.optimizer)
+        rate, b2, weight_decay = recipes.get_hyperparameters(
+            source.name, args.model, args.optimizer
+        )
         tx = make_optimizer(
             args.optimizer, rate, so.spheres_where(shapes, "Conv"), b2, weight_decay
         )
@@ -99,20 +103,20 @@ class Worker:
         )
         self.images = way.seeds * self.trainer.steps * args.batch_size
         self.state = self.trainer.init(0)
-        self.epoch()  # compiles, and touches memory for the first time
+        self.train_epoch()  # compiles, and touches memory for the first time
         self.dtype = way.dtype
 
-    def epoch(self) -> None:
+    def train_epoch(self) -> None:
         self.state, *_ = self.trainer.train_epoch(self.state, 0, 0)
 
-    def operations(self) -> float | None:
+    def count_operations(self) -> float | None:
         """Of an epoch, as XLA counts them; on a GPU it does not."""
-        data = (*self.trainer.train, self.trainer.plan(0, 0), np.int32(0))
+        data = (*self.trainer.train, self.trainer.draw_plan(0, 0), np.int32(0))
         step = jax.jit(self.trainer.train_step).lower(self.state, *data)
         cost: Any = step.cost_analysis()
         return None if cost is None else cost["flops"] * self.trainer.steps
 
-    def peak(self) -> float:
+    def measure_peak(self) -> float:
         """Operations per second of a large matrix product."""
         n = CPU_MATRIX if jax.default_backend() == "cpu" else MATRIX
         # Random, because a GPU can multiply constants faster than real data.
@@ -136,16 +140,16 @@ def _start(*args: Any) -> None:
     _worker = Worker(*args)
 
 
-def _about() -> tuple[int, float | None, str]:
-    return _worker.images, _worker.operations(), jax.devices()[0].device_kind
+def _describe() -> tuple[int, float | None, str]:
+    return _worker.images, _worker.count_operations(), jax.devices()[0].device_kind
 
 
-def _peak() -> float:
-    return _worker.peak()
+def _measure_peak() -> float:
+    return _worker.measure_peak()
 
 
-def _epoch() -> None:
-    _worker.epoch()
+def _train_epoch() -> None:
+    _worker.train_epoch()
 
 
 def measure(args: Any) -> list[dict[str, Any]]:
@@ -164,15 +168,15 @@ def measure(args: Any) -> list[dict[str, Any]]:
     try:
         # In turn, because XLA chooses a GPU's kernels by timing them, and others would disturb that.
         about = {
-            way: [f.result() for f in [p.submit(_about) for p in pool]]
+            way: [f.result() for f in [p.submit(_describe) for p in pool]]
             for way, pool in pools.items()
         }
-        peaks = {way: pool[0].submit(_peak).result() for way, pool in pools.items()}
+        peaks = {way: pool[0].submit(_measure_peak).result() for way, pool in pools.items()}
         seconds: dict[Way, list[float]] = {way: [] for way in ways}
         for _ in range(args.rounds):
             for way, pool in pools.items():
                 start = time.perf_counter()
-                for epoch in [process.submit(_epoch) for process in pool]:
+                for epoch in [process.submit(_train_epoch) for process in pool]:
                     epoch.result()
                 seconds[way].append(time.perf_counter() - start)
     finally:
@@ -199,7 +203,7 @@ def measure(args: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def format_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """What a table says, a line per way, under `HEADER`."""
     return [
         [
@@ -214,11 +218,11 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+def make_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     found = Table(title=title, title_justify="left")
     for column in HEADER:
         found.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=True)
-    for line in cells(rows):
+    for line in format_rows(rows):
         found.add_row(*line)
     return found
 
@@ -228,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, positive = parser.add_argument, at_least(int, 1)
     add("--dataset", choices=SOURCES, default="cifar10", help="whose shape the images have")
     add("--model", choices=MODELS, default="resnet20")
-    add("--optimizer", choices=METHODS, default="adamsrt")
+    add("--optimizer", choices=OPTIMIZERS, default="adamsrt")
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     add("--seeds", nargs="+", type=positive, default=[1, 2, 4], help="at once, by jax.vmap")
     add("--processes", nargs="+", type=positive, default=[1, 2], help="side by side")
@@ -243,10 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--images {args.images}: fewer than one batch of {args.batch_size}")
     rows = measure(args)
     title = f"{args.model}, {args.optimizer}, {args.dataset}'s shape, {rows[0]['device']}"
-    Console().print(table(rows, title))
+    Console().print(make_table(rows, title))
     if args.out:
         recipe = {name: value for name, value in vars(args).items() if name != "out"}
-        content = {"recipe": recipe, "environment": report.environment(), "ways": rows}
+        content = {"recipe": recipe, "environment": report.describe_environment(), "ways": rows}
         report.write_json(args.out, content)
         print(f"written: {args.out}")
     return 0

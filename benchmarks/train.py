@@ -15,11 +15,11 @@ from rich.console import Console
 
 from benchmarks.cli import Parser, add_dtype, at_least
 from benchmarks.reporting import report
-from benchmarks.reporting.progress import progress
+from benchmarks.reporting.progress import show_progress
 from benchmarks.training import recipes
 from benchmarks.training.build import make_trainer
 from benchmarks.training.data import SOURCES, DataError, load
-from benchmarks.training.methods import METHODS
+from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.models import MODELS, ImageSizeError
 from benchmarks.training.trainer import Run, Trainer
 
@@ -30,7 +30,7 @@ def make_parser() -> Parser:
     add("--dataset", required=True, choices=SOURCES)
     add("--data-dir", type=Path, help="holds NAME.npz or a TFDS folder; default: TFDS downloads")
     add("--model", required=True, choices=MODELS)
-    add("--optimizer", required=True, choices=METHODS)
+    add("--optimizer", required=True, choices=OPTIMIZERS)
     add("--epochs", type=at_least(int, 1), default=recipes.EPOCHS)
     add("--seeds", type=at_least(int, 1), default=5, help="how many; they are 0, 1, ...")
     add("--out", type=Path, required=True, help="folder for the JSON file")
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
 
 
 def train_seeds(trainer: Trainer, seeds: int, epochs: int) -> list[Run]:
-    with progress(seeds * epochs) as advance:
+    with show_progress(seeds * epochs) as advance:
 
         def show(run: Run, _: Any) -> None:
             advance(
@@ -69,7 +69,7 @@ def describe(run: Run) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    values = recipes.hyperparameters(args.dataset, args.model, args.optimizer)
+    values = recipes.get_hyperparameters(args.dataset, args.model, args.optimizer)
     given = {name: getattr(args, name) for name in values._fields}
     values = values._replace(**{name: v for name, v in given.items() if v is not None})
     parser.require_writable(args.out, args.out)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = train_seeds(trainer, args.seeds, args.epochs)
     result = report.Result(
         args.optimizer,
-        METHODS[args.optimizer].label,
+        OPTIMIZERS[args.optimizer].label,
         values.learning_rate,
         trainer.state_bytes_per_parameter,
         runs,
@@ -93,12 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in runs:
         print(describe(run))
     title = f"{args.dataset}, {args.model}, epochs: {args.epochs}, seeds: {args.seeds}"
-    Console().print(report.table([result], title))
+    Console().print(report.make_table([result], title))
 
     recipe = {name: v for name, v in vars(args).items() if name not in ("out", "data_dir")}
     recipe |= values._asdict() | {"learning_rate_times_0.1_at_epochs_of_405": recipes.MILESTONES}
     path = args.out / f"{args.dataset}_{args.model}_{args.optimizer}.json"
-    content = {"recipe": recipe, "environment": report.environment(), **report.as_json(result)}
+    content = {
+        "recipe": recipe,
+        "environment": report.describe_environment(),
+        **report.to_json(result),
+    }
     report.write_json(path, content)
     print(path)
     return 0

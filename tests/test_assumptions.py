@@ -28,7 +28,7 @@ def normal(seed):
 @pytest.mark.parametrize("name", ["SGD", "SGD-M", "Adam"])
 def test_one_step_agrees_with_the_definitions(name):
     """1 - A <c, u> is A / eta^e, with a and b from the recurrences of the paper."""
-    tx, rate, decay = recording.optimizers("cifar10", "resnet20", so.Sphere())[name]
+    tx, rate, decay = recording.make_optimizers("cifar10", "resnet20", so.Sphere())[name]
     watched = recording.watch(tx, so.Sphere())
     x = normal(0)
     state, m, v = watched.init(x), 0.0, 0.0
@@ -66,8 +66,8 @@ def test_theorem_4_lacks_what_is_called_neglected(rate):
     updates, _ = tx.update(grads, tx.init(x), x)
     step = recording.measure(x, grads, updates, so.Sphere())
     exact = jnp.linalg.norm(x["w"] + updates["w"], axis=0) ** 4
-    predicted = hypotheses.theorem_4(step.radius**4, step.gradient, rate, decay)
-    term = hypotheses.neglected(step.radius, step.gradient, rate)
+    predicted = hypotheses.predict_by_theorem_4(step.radius**4, step.gradient, rate, decay)
+    term = hypotheses.compute_neglected(step.radius, step.gradient, rate)
     np.testing.assert_allclose(exact, predicted + term, rtol=1e-12)
     # Relative to r'^4, it is what the angle alone tells.
     np.testing.assert_allclose(term / exact, jnp.sin(step.angle) ** 4, rtol=1e-10)
@@ -83,10 +83,10 @@ def test_what_theorem_4_neglects_adds_up():
         kept.append(recording.measure(x, grads, updates, so.Sphere()))
         x = optax.apply_updates(x, updates)
     steps = recording.Step(*(np.stack(column) for column in zip(*kept, strict=True)))
-    terms = hypotheses.neglected(steps.radius, steps.gradient, rate)
+    terms = hypotheses.compute_neglected(steps.radius, steps.gradient, rate)
     beta = (1 - rate * decay) ** 4
     missing = (beta ** np.arange(4, -1, -1)) @ terms / steps.next_radius[-1] ** 4
-    drift = hypotheses.accumulated(steps, recording.Optimizer(tx, rate, decay))
+    drift = hypotheses.measure_drift(steps, recording.Optimizer(tx, rate, decay))
     assert missing.min() > 1e-5  # else there is nothing to see
     off = 1 - (1 - missing) ** 0.25
     np.testing.assert_allclose(
@@ -99,13 +99,13 @@ def test_violations_are_counted_and_told():
     bad = good._replace(factor=np.array([[0.5, -0.25, 0.0], [0.5, 0.5, 0.5]]))
     rates = dict.fromkeys(("SGD", "SGD-M", "Adam"), 0.1)
     for adam, violations, words in ((good, 0, "positive at every"), (bad, 2, "NOT always")):
-        values = hypotheses.all_values({"SGD": good, "SGD-M": good, "Adam": adam}, rates)
-        rows = hypotheses.all_statistics(values)
+        values = hypotheses.compute_values({"SGD": good, "SGD-M": good, "Adam": adam}, rates)
+        rows = hypotheses.summarize_all(values)
         assert rows["factor"]["Adam"]["violations"] == violations
         assert rows["factor"]["SGD"]["violations"] == 0
         assert rows["factor"]["Adam"]["values"] == 6
         assert rows["factor"]["Adam"]["worst_after_the_first_steps"] is None
-        assert words in hypotheses.verdict(rows)["factor"]
+        assert words in hypotheses.write_verdict(rows)["factor"]
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def test_theorem_4_on_a_network(finished):
     compared, steps, *_ = finished
     sgd, (_, rate, decay) = steps["SGD"], compared["SGD"]
     np.testing.assert_allclose(sgd.factor, 1 - rate * decay, rtol=1e-5)
-    predicted = hypotheses.theorem_4(sgd.radius**4, sgd.gradient, rate, decay)
-    term = hypotheses.neglected(sgd.radius, sgd.gradient, rate)
+    predicted = hypotheses.predict_by_theorem_4(sgd.radius**4, sgd.gradient, rate, decay)
+    term = hypotheses.compute_neglected(sgd.radius, sgd.gradient, rate)
     np.testing.assert_allclose(predicted + term, sgd.next_radius**4, rtol=1e-5)
 
 

@@ -16,14 +16,13 @@ from flax.traverse_util import flatten_dict
 import spherical_optax as so
 from benchmarks import discovery, throughput, train
 from benchmarks.demo import grid as demo_grid
-from benchmarks.demo.recipe import METHODS as DEMO_METHODS
 from benchmarks.reporting import report
-from benchmarks.reporting.progress import LINES, progress
-from benchmarks.reporting.significance import verdict
+from benchmarks.reporting.progress import LINES, show_progress
+from benchmarks.reporting.significance import write_verdict
 from benchmarks.training import build, data, models, recipes
 from benchmarks.training.augment import normalize, random_crop_and_flip
-from benchmarks.training.build import filter_spheres
-from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.build import find_filter_spheres
+from benchmarks.training.methods import OPTIMIZERS, make_optimizer
 from benchmarks.training.normalization import BatchNorm
 from benchmarks.training.trainer import Run, Trainer
 
@@ -52,7 +51,7 @@ def test_published_model_sizes(name, convolutions, parameters):
 
 def test_the_filters_are_found():
     """Every convolution is followed by BatchNorm, and nothing else is on a sphere."""
-    found = flatten_dict(filter_spheres(models.MODELS["resnet8"](10), (16, 16, 3)))
+    found = flatten_dict(find_filter_spheres(models.MODELS["resnet8"](10), (16, 16, 3)))
     filters = {path for path in found if path[-2].startswith("Conv_") and path[-1] == "kernel"}
     assert found == {path: so.Sphere() if path in filters else None for path in found}
     assert len(filters) == 1 + 3 * 2 + 2  # stem, blocks, shortcuts
@@ -234,19 +233,19 @@ def test_augmentation_crops_and_flips():
 
 
 def test_schedule_drops_three_times():
-    schedule = recipes.step_schedule(1.0, 810)
+    schedule = recipes.make_schedule(1.0, 810)
     steps = (0, 269, 270, 449, 450, 629, 630, 809)
     rates = np.array([schedule(jnp.int32(step)) for step in steps])
     np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3], rtol=1e-6)
 
 
 def test_every_method_has_published_or_borrowed_values():
-    for name in METHODS:
+    for name in OPTIMIZERS:
         for dataset, model in (("cifar10", "vgg16"), ("digits", "digits")):
-            values = recipes.hyperparameters(dataset, model, name)
+            values = recipes.get_hyperparameters(dataset, model, name)
             assert values.learning_rate > 0
             assert values.weight_decay >= 0
-    assert recipes.hyperparameters("cifar100", "resnet18", "adamst") == (1e-3, 0.999, 0.0)
+    assert recipes.get_hyperparameters("cifar100", "resnet18", "adamst") == (1e-3, 0.999, 0.0)
 
 
 # --- training loop ----------------------------------------------------------------------------
@@ -259,8 +258,8 @@ def tiny_trainer(optimizer="adamsrt", dtype="float32", kind=Trainer, **options):
     digits = data.load("digits")
     source = digits.source.__class__(**{**vars(digits.source), "padding": 4})
     few = digits._replace(source=source, train=data.Split(*(a[:50] for a in digits.train)))
-    spheres = filter_spheres(TINY(10), source.shape)
-    tx = make_optimizer(optimizer, recipes.step_schedule(1e-2, 12), spheres, 0.99, 1e-3)
+    spheres = find_filter_spheres(TINY(10), source.shape)
+    tx = make_optimizer(optimizer, recipes.make_schedule(1e-2, 12), spheres, 0.99, 1e-3)
     return kind(TINY(10, dtype=jnp.dtype(dtype)), few, tx, 16, **options)
 
 
@@ -324,7 +323,7 @@ def test_batch_norm_is_that_of_flax(dtype):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("optimizer", recipes.METHODS)
+@pytest.mark.parametrize("optimizer", recipes.PAPER_METHODS)
 def test_few_kernels_compute_the_same(optimizer, monkeypatch):
     monkeypatch.setitem(models.MODELS, "tiny", TINY)
     digits = data.load("digits", limit=50)
@@ -333,7 +332,7 @@ def test_few_kernels_compute_the_same(optimizer, monkeypatch):
         build.make_trainer(digits, "tiny", optimizer, values, 2, 16, few_kernels=few)
         for few in (True, False)
     )
-    assert len(jax.tree.leaves(few.shapes())) <= len(jax.tree.leaves(many.shapes()))
+    assert len(jax.tree.leaves(few.get_shapes())) <= len(jax.tree.leaves(many.get_shapes()))
     assert few.model.norm is BatchNorm
     np.testing.assert_allclose(few.run(3, 2).train_loss, many.run(3, 2).train_loss, rtol=1e-4)
 
@@ -341,12 +340,12 @@ def test_few_kernels_compute_the_same(optimizer, monkeypatch):
 @pytest.mark.usefixtures("standard_promotion")
 def test_bfloat16_is_for_activations_only():
     trainer, reference = tiny_trainer("adamst", dtype="bfloat16"), tiny_trainer("adamst")
-    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.shapes())} <= {
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.get_shapes())} <= {
         np.dtype(np.float32),
         np.dtype(np.int32),
     }
-    assert trainer.shapes() == reference.shapes()
-    state, plan = trainer.init(0), trainer.plan(0, 0)
+    assert trainer.get_shapes() == reference.get_shapes()
+    state, plan = trainer.init(0), trainer.draw_plan(0, 0)
     step = jax.make_jaxpr(trainer.train_step)(state, *trainer.train, plan, np.int32(0))
     lines = [line for line in str(step).splitlines() if "conv_general_dilated" in line]
     assert lines
@@ -482,17 +481,17 @@ def result(label, accuracies):
 
 
 def test_verdict_follows_the_numbers():
-    noisy = verdict([result("A", [90.0, 92.0, 94.0]), result("B", [92.5, 90.5, 94.5])])
+    noisy = write_verdict([result("A", [90.0, 92.0, 94.0]), result("B", [92.5, 90.5, 94.5])])
     assert "B leads A by 0.50: too little to rank them" in " ".join(noisy.split())
     # The seeds move both alike: what is left between them is the methods' difference.
-    shared = verdict([result("A", [90.0, 92.0, 94.1]), result("B", [90.5, 92.5, 94.5])])
+    shared = write_verdict([result("A", [90.0, 92.0, 94.1]), result("B", [90.5, 92.5, 94.5])])
     assert "B leads A by 0.47: more than that" in " ".join(shared.split())
-    diverged = verdict([result("A", [90.0, None, 94.0]), result("B", [90.5, 92.5, 94.5])])
+    diverged = write_verdict([result("A", [90.0, None, 94.0]), result("B", [90.5, 92.5, 94.5])])
     assert "nothing to compare" in diverged
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys):
-    with progress(100) as advance:
+    with show_progress(100) as advance:
         for part in range(100):
             advance(f"part {part}")
     assert len(capsys.readouterr().err.splitlines()) == LINES
@@ -500,9 +499,9 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys):
 
 def test_the_committed_grid_decides_the_demo():
     grid = json.loads(demo_grid.PATH.read_text("utf-8"))
-    assert set(demo_grid.chosen_rates()) == set(DEMO_METHODS)
+    assert set(demo_grid.read_chosen_rates()) == set(recipes.PAPER_METHODS)
     for name, cells in grid["cells"].items():
         rates = [cell["learning_rate"] for cell in cells]
         assert tuple(rates) == demo_grid.RATES
-        assert grid["chosen"][name] == demo_grid.best_rate(cells)
+        assert grid["chosen"][name] == demo_grid.choose_rate(cells)
         assert rates[0] < grid["chosen"][name] < rates[-1]

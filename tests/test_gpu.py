@@ -20,7 +20,7 @@ DEVICE = {"device": "cpu", "platform": "cpu", "jax": "0.0", "slug": "cpu"}
 @pytest.fixture
 def npz(tmp_path):
     """More than a strip, and parts that no strip divides."""
-    return rehearse.random_data(tmp_path / "data") / "cifar10.npz"
+    return rehearse.make_random_data(tmp_path / "data") / "cifar10.npz"
 
 
 def test_halves_are_put_together(tmp_path, npz):
@@ -136,7 +136,7 @@ def call(tmp_path, monkeypatch):
     """On a machine where everything is found."""
     carried = tmp_path / ".gpu"
     carried.mkdir()
-    (carried / "commit").write_text(f"0123abc {calls.digest_of_sources()}\n")
+    (carried / "commit").write_text(f"0123abc {calls.hash_sources()}\n")
     monkeypatch.setattr(calls, "CARRIED", carried)
     monkeypatch.setattr(calls, "RESULTS", tmp_path / "before")
     monkeypatch.setattr(calls, "check", lambda call: DEVICE)
@@ -158,14 +158,14 @@ def sleeping(name, seconds):
 def test_what_takes_too_long_is_ended(call, capsys):
     start = time.monotonic()
     call.setting = call.setting._replace(patience=1.0)
-    call.stage(8.0, sleeping("long", 100), sleeping("short", 0))
+    call.run_stage(8.0, sleeping("long", 100), sleeping("short", 0))
     assert time.monotonic() - start < 30
     assert len(call.failed) == 1
     assert call.failed[0].startswith("long: its time was up")
     assert "short: status 0" in capsys.readouterr().out
-    assert call.log("short").startswith("0123abc\n")
+    assert call.read_log("short").startswith("0123abc\n")
     call._end = 0.0
-    call.stage(8.0, sleeping("late", 0))
+    call.run_stage(8.0, sleeping("late", 0))
     assert call.failed[-1] == "late: no time"
 
 
@@ -188,9 +188,9 @@ def test_a_process_that_is_killed_leaves_no_half_entry(tmp_path):
 
 
 def test_sources_that_have_changed_are_marked(call, tmp_path, monkeypatch):
-    assert calls.commit() == "0123abc"
-    monkeypatch.setattr(calls, "digest_of_sources", lambda: "another")
-    assert calls.commit() == "0123abc+"
+    assert calls.read_commit() == "0123abc"
+    monkeypatch.setattr(calls, "hash_sources", lambda: "another")
+    assert calls.read_commit() == "0123abc+"
 
 
 def timed(images_per_second, begin=0.0, epochs=3):
@@ -220,7 +220,7 @@ def test_the_fastest_is_chosen(call, monkeypatch):
         content = json.loads(path.read_text()) if path.exists() else None
         return content and (content["flags"], content["processes"])
 
-    monkeypatch.setattr(call, "stage", stage)
+    monkeypatch.setattr(call, "run_stage", stage)
     assert choice() == (call.setting.flags[1], 2)
     assert stages[-1] == ["measure_adamsrt_flags_0", "measure_adamsrt_flags_1"]
     speeds |= {"adamsrt_flags": 102.0, "adamsrt_0": 50.0, "adamsrt_1": 60.0}
@@ -237,14 +237,14 @@ def test_the_fastest_is_chosen(call, monkeypatch):
 def test_processes_together():
     """Only epochs count through which the other process trains, too."""
     both = [timed(50.0, begin, epochs=15) for begin in (0.0, 3.0)]
-    assert calls.together(both) == pytest.approx(100.0)
+    assert calls.count_together(both) == pytest.approx(100.0)
     # Nothing gained: 50 images/s while both train, and 100 alone, before and after.
     first = timed(100.0, 0.0, 2)["epochs"] + timed(50.0, 2.0, 4)["epochs"]
     second = timed(50.0, 2.0, 4)["epochs"] + timed(100.0, 10.0, 2)["epochs"]
     rows = [{"images": 100, "epochs": epochs} for epochs in (first, second)]
-    assert calls.together(rows) == pytest.approx(100.0)
-    assert calls.together([timed(50.0, 0.0), timed(50.0, 100.0)]) == 0.0
-    assert calls.together([timed(50.0), None]) == 0.0
+    assert calls.count_together(rows) == pytest.approx(100.0)
+    assert calls.count_together([timed(50.0, 0.0), timed(50.0, 100.0)]) == 0.0
+    assert calls.count_together([timed(50.0), None]) == 0.0
 
 
 def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch, capsys):
@@ -292,7 +292,7 @@ def test_commands_have_options_that_there_are(call, monkeypatch):
         call.setting = setting
         (call.keep / "results/cpu/choice.json").unlink(missing_ok=True)
         calls.first(call)
-        assert set(setting.contenders) <= set(speed.optimizers(None, 0.0))
+        assert set(setting.contenders) <= set(speed.make_optimizers(None, 0.0))
     parser = table2.make_parser()
     trained = [command.words for command in found if command.module == "benchmarks.table2"]
     assert trained
@@ -374,7 +374,7 @@ def test_prepare(tmp_path, npz, monkeypatch, capsys):
     assert first.endswith("MiB travel; carry .gpu/commit .gpu/a")
     assert second.endswith("MiB travel; carry .gpu/commit .gpu/b")
     name, digest = (tmp_path / ".gpu/commit").read_text().split()
-    assert (name, digest) == ("0123abc", calls.digest_of_sources())
+    assert (name, digest) == ("0123abc", calls.hash_sources())
     (tmp_path / ".gpu/b/000.webp").unlink()  # is noticed, and made again
     assert gpu.main(words) == 0
     assert (tmp_path / ".gpu/b/000.webp").exists()

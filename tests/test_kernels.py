@@ -10,7 +10,7 @@ import pytest
 from benchmarks import kernels
 from benchmarks.measuring import hlo, parameters
 from benchmarks.training import recipes
-from benchmarks.training.methods import METHODS
+from benchmarks.training.methods import OPTIMIZERS
 
 F = 4 * 1000  # the bytes of an array of the program below
 PROGRAM = """\
@@ -139,7 +139,7 @@ def test_count_of_a_loop_body():
 def test_size():
     shapes = {"f32[]": 4, "bf16[3,2]{1,0:T(8,128)}": 12, "pred[5]": 5, "s4[3]": 2, "token[]": 0}
     shapes |= {"c64[2]": 16, "f8e4m3fn[7]": 7, "(f32[2]{0}, (u8[3]{0}, s64[0]{0}))": 11}
-    assert {shape: hlo.size(shape) for shape in shapes} == shapes
+    assert {shape: hlo.count_bytes(shape) for shape in shapes} == shapes
 
 
 @pytest.mark.parametrize("argument", [[], ["--only", "optax.adam", "--out", "/nowhere/at/all"]])
@@ -169,11 +169,11 @@ def row(n):
 
 def test_cells():
     rows = {"optax.adam": row(4), "so.adams": row(6) | {"at_most": row(9), "read_bytes": 10**6}}
-    assert kernels.cells(rows) == [
+    assert kernels.format_rows(rows) == [
         ("optax.adam", "4", "1.00", "4.0", "2.0", "1.00", "0.5", "1.0"),
         ("so.adams", "6 to 9", "1.50", "1.0", "2.0", "0.50", "0.5", "1.0"),
     ]
-    assert len(kernels.HEADER) == len(kernels.cells(rows)[0])
+    assert len(kernels.HEADER) == len(kernels.format_rows(rows)[0])
 
 
 def test_a_model_counted_alone(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_committed():
     assert list(content["models"]) == models
     found = {name: model["optimizers"] for name, model in content["models"].items()}
     for rows in found.values():
-        assert list(rows) == list(kernels.optimizers(None, 0.0))
+        assert list(rows) == list(kernels.make_optimizers(None, 0.0))
         assert all(sum(row["kinds"].values()) == row["kernels"] for row in rows.values())
     # The floor is a kernel for every array, and reads two arrays and writes one.
     for name, listed in parameters.LISTED.items():
@@ -223,9 +223,9 @@ def test_committed_training():
     content = json.loads(path.read_text("utf-8"))
     assert content["command"] == "python -m benchmarks.kernels --training resnet20"
     rows = content["optimizers"]
-    assert len(rows) == 2 * len(recipes.METHODS)
-    for name in recipes.METHODS:
-        label = METHODS[name].label
+    assert len(rows) == 2 * len(recipes.PAPER_METHODS)
+    for name in recipes.PAPER_METHODS:
+        label = OPTIMIZERS[name].label
         assert rows[f"{label}, few kernels"]["kernels"] < 0.8 * rows[label]["kernels"]
 
 
@@ -234,7 +234,7 @@ def test_committed_training():
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_small():
-    shapes, spheres = parameters.network("small")
-    tx = kernels.optimizers(spheres, 0.0)
+    shapes, spheres = parameters.describe_network("small")
+    tx = kernels.make_optimizers(spheres, 0.0)
     for name, expected in {"optax.adam": 302, "so.adamsrt": 602}.items():
         assert kernels.measure(tx[name], shapes)["kernels"] == pytest.approx(expected, abs=3)

@@ -12,9 +12,9 @@ import pytest
 from benchmarks import precision
 from benchmarks.measuring import precision_cases
 from benchmarks.measuring.precision_cases import Row
-from benchmarks.precision import DTYPES, largest, main
+from benchmarks.precision import DTYPES, find_largest, main
 from benchmarks.reporting import report
-from benchmarks.training.methods import METHODS
+from benchmarks.training.methods import OPTIMIZERS
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def method(monkeypatch):
     """Replaces one optimizer by what a function makes of its arguments and the true one."""
 
     def replace(name, build):
-        true = METHODS[name].build
-        changed = METHODS[name]._replace(build=lambda *args: build(true, *args))
-        monkeypatch.setitem(METHODS, name, changed)
+        true = OPTIMIZERS[name].build
+        changed = OPTIMIZERS[name]._replace(build=lambda *args: build(true, *args))
+        monkeypatch.setitem(OPTIMIZERS, name, changed)
 
     return replace
 
@@ -37,10 +37,12 @@ def test_everything_is_recorded():
     reference, cpu = precision.load()
     rows = {row["what"]: row for row in cpu["rows"]}
     known = {
-        what: row for case in precision_cases.cases().values() for what, row in case.rows.items()
+        what: row
+        for case in precision_cases.list_cases().values()
+        for what, row in case.rows.items()
     }
     assert list(rows) == list(known)
-    assert METHODS.keys() <= rows.keys() & reference.keys()
+    assert OPTIMIZERS.keys() <= rows.keys() & reference.keys()
     assert {what for what, row in known.items() if not (row.zero or row.like)} == reference.keys()
     assert all((row.like or what) in reference for what, row in known.items() if not row.zero)
     assert all(precision.passes(row) for row in cpu["rows"])
@@ -48,20 +50,20 @@ def test_everything_is_recorded():
         for dtype in DTYPES:
             assert (rows[what][dtype] is not None) == (dtype in row.floors)
     # 1.01 times the learning rate makes 1e-2.
-    assert all(rows[name]["float32"]["bound"] < 1e-3 for name in METHODS)
+    assert all(rows[name]["float32"]["bound"] < 1e-3 for name in OPTIMIZERS)
     assert precision.REFERENCE.stat().st_size < 400_000
 
 
 def test_this_cpu_passes(tmp_path, monkeypatch, capsys):
     out = tmp_path / "here.json"
     chosen = ["adam", "adamsrt", "track(optax.adam)"]
-    known = precision_cases.cases()
+    known = precision_cases.list_cases()
     once = {  # compiling it for bfloat16 too would take as long as all the rest
         what: row._replace(floors={"float32": row.floors["float32"]})
         for what, row in known[chosen[-1]].rows.items()
     }
     known[chosen[-1]] = known[chosen[-1]]._replace(rows=once)
-    monkeypatch.setattr(precision, "cases", lambda: known)
+    monkeypatch.setattr(precision, "list_cases", lambda: known)
     assert main(["--only", *chosen, "--out", str(out)]) == 0
     assert "everything passes" in capsys.readouterr().out
     content = json.loads(out.read_text("utf-8"))
@@ -74,7 +76,7 @@ def test_this_cpu_passes(tmp_path, monkeypatch, capsys):
     assert 0 < rows["adam"]["float32"]["deviation"] < rows["adam"]["float32"]["bound"] < 1e-4
     assert 1e-3 < rows["adamsrt"]["bfloat16"]["deviation"] < 0.1
     assert rows["track(optax.adam): angle"]["bfloat16"] is None
-    cells = precision.cells(content, precision.load()[1])
+    cells = precision.format_rows(content, precision.load()[1])
     assert [len(row) for row in cells] == [len(precision.HEADER)] * 6
     assert cells[0][0] == "adam"
     assert {row[-1] for row in cells} == {"passes"}
@@ -97,7 +99,14 @@ def test_nan_fails(method, tmp_path, capsys):
     assert "sgd, bfloat16: NaN (" in capsys.readouterr().out
     content = json.loads(out.read_text("utf-8"))
     assert content["rows"][0]["float32"]["deviation"] is None
-    assert precision.cells(content, content)[0] == ("sgd", "NaN", "NaN", "NaN", "NaN", "FAILS")
+    assert precision.format_rows(content, content)[0] == (
+        "sgd",
+        "NaN",
+        "NaN",
+        "NaN",
+        "NaN",
+        "FAILS",
+    )
 
 
 def test_what_raises_fails_alone(method, capsys):
@@ -142,7 +151,7 @@ def test_no_reference(damage, tmp_path, monkeypatch, capsys):
     if damage == "no numbers":
         precision.CPU.write_text('{"rows": [{}]}', "utf-8")
     if damage == "other numbers":
-        monkeypatch.setattr(precision, "checksum", lambda: 0)
+        monkeypatch.setattr(precision, "compute_checksum", lambda: 0)
     with pytest.raises(SystemExit) as found:
         main(["--only", "sgd"])
     assert found.value.code == 2
@@ -153,8 +162,8 @@ def test_no_reference(damage, tmp_path, monkeypatch, capsys):
 
 
 def test_record(method, tmp_path, monkeypatch, capsys):
-    cases = {"sgd": precision_cases.cases()["sgd"]}
-    monkeypatch.setattr(precision, "cases", lambda: cases)
+    cases = {"sgd": precision_cases.list_cases()["sgd"]}
+    monkeypatch.setattr(precision, "list_cases", lambda: cases)
     recorded = precision.REFERENCE, precision.CPU
     for name in ("REFERENCE", "CPU"):
         monkeypatch.setattr(precision, name, tmp_path / getattr(precision, name).name)
@@ -183,16 +192,16 @@ def test_recorded_on_a_cpu_only(monkeypatch, capsys):
 
 def test_largest():
     x = {"a": np.array([3.0, 4.0]), "b": np.array([1.0])}
-    assert largest(x, x, 0.0) == (0.0, "a")
-    assert largest(x, {"a": np.array([3.0, 4.5]), "b": np.array([2.0])}, 0.0) == (0.5, "b")
-    assert largest({"a": np.array([3.0, -3.0, 3.0, 3.0])}, None, 1.0) == (3.0, "a")
+    assert find_largest(x, x, 0.0) == (0.0, "a")
+    assert find_largest(x, {"a": np.array([3.0, 4.5]), "b": np.array([2.0])}, 0.0) == (0.5, "b")
+    assert find_largest({"a": np.array([3.0, -3.0, 3.0, 3.0])}, None, 1.0) == (3.0, "a")
     for where in ("a", "b"):
-        found, of = largest(x | {where: np.array([np.nan])}, x | {where: np.ones(1)}, 0.0)
+        found, of = find_largest(x | {where: np.array([np.nan])}, x | {where: np.ones(1)}, 0.0)
         assert (np.isnan(found), of) == (True, where)
     text = {"c": np.asarray("no"), "d": np.asarray("sphere")}
-    assert largest(text, text | {"d": np.asarray("no")}, 0.0) == (1.0, "d: sphere")
+    assert find_largest(text, text | {"d": np.asarray("no")}, 0.0) == (1.0, "d: sphere")
     with pytest.raises(ValueError, match="shape"):
-        largest(x, x | {"b": np.ones((1, 1))}, 0.0)
+        find_largest(x, x | {"b": np.ones((1, 1))}, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +209,12 @@ def test_largest():
     [("float32", [1e-5, 0.1]), ("highest", [1e-5, 0.1]), ("tensorfloat32", [5e-3, 0.1])],
 )
 def test_floors(products, floors, monkeypatch):
-    monkeypatch.setattr(report, "float32_products", lambda: products)
+    monkeypatch.setattr(report, "find_float32_products", lambda: products)
     row = Row({"float32": 1e-5, "bfloat16": 0.1}, coarse=5e-3)
-    assert [precision.floor(row, dtype) for dtype in DTYPES] == floors
-    assert precision.floor(row._replace(coarse=None), "float32") == 1e-5
+    assert [precision.choose_floor(row, dtype) for dtype in DTYPES] == floors
+    assert precision.choose_floor(row._replace(coarse=None), "float32") == 1e-5
 
 
 def test_the_inputs_are_those_of_both_dtypes():
-    for tree in (precision_cases.inputs(0), precision_cases.inputs(1, 20)):
+    for tree in (precision_cases.make_inputs(0), precision_cases.make_inputs(1, 20)):
         assert {x.dtype for x in jax.tree.leaves(tree)} == {jax.numpy.dtype("bfloat16")}

@@ -14,11 +14,11 @@ from benchmarks.measuring import parameters, speed_peers
 
 
 def test_parameters():
-    assert sum(map(math.prod, parameters.resnet50().values())) == 25_557_032
-    assert sum(map(math.prod, parameters.gpt2().values())) == 124_439_808
-    assert len(parameters.gpt2()) == 148
-    assert len(parameters.small()) == 300
-    shapes, spheres = parameters.network("small")
+    assert sum(map(math.prod, parameters.list_resnet50().values())) == 25_557_032
+    assert sum(map(math.prod, parameters.list_gpt2().values())) == 124_439_808
+    assert len(parameters.list_gpt2()) == 148
+    assert len(parameters.list_small()) == 300
+    shapes, spheres = parameters.describe_network("small")
     assert sum(s is not None for s in spheres.values()) == 100
     assert shapes["block7/kernel"].shape == (3, 3, 16, 16)
 
@@ -26,9 +26,11 @@ def test_parameters():
 @pytest.mark.usefixtures("standard_promotion")
 def test_run(tmp_path, monkeypatch, capsys):
     kernels = {f"block{i}": (3, 3, 4, 4) for i in range(3)}
-    monkeypatch.setitem(parameters.LISTED, "small", lambda: parameters._with_norms(kernels))
+    monkeypatch.setitem(parameters.LISTED, "small", lambda: parameters._add_norms(kernels))
     monkeypatch.setattr(
-        speed, "optimizers", lambda *of, make=speed.optimizers: dict(list(make(*of).items())[:9])
+        speed,
+        "make_optimizers",
+        lambda *of, make=speed.make_optimizers: dict(list(make(*of).items())[:9]),
     )
     speed.main(["--model", "small", "--rounds", "1", "--out", str(tmp_path)])
     assert "so.adamsrt" in capsys.readouterr().out
@@ -58,7 +60,7 @@ def test_ten_steps_in_one_call():
     params, grads = {"kernel": jax.numpy.ones((3, 3, 2, 4))}, {}
     grads["kernel"] = jax.random.normal(jax.random.key(0), (speed.EVERY, 3, 3, 2, 4))
     spheres = jax.tree.map(lambda _: so.Sphere(), shapes)
-    tx = speed.optimizers(spheres, 0.0)["so.adamsrt"]
+    tx = speed.make_optimizers(spheres, 0.0)["so.adamsrt"]
     once, often = (speed.Step(tx, params, grads, scan=scan) for scan in (True, False))
     speed.compile_all([once, often])
     for step in (once, often):
@@ -70,17 +72,17 @@ def test_ten_steps_in_one_call():
 
 
 def test_another_device_does_not_overwrite(monkeypatch):
-    assert speed.file_name("gpt2") == "speed_gpt2.json"
+    assert speed.make_file_name("gpt2") == "speed_gpt2.json"
     device = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert speed.file_name("gpt2", few=True) == "speed_few_nvidia-h100-80gb-hbm3_gpt2.json"
+    assert speed.make_file_name("gpt2", few=True) == "speed_few_nvidia-h100-80gb-hbm3_gpt2.json"
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_torch_steps():
     """On the same parameters, where PyTorch is installed."""
     pytest.importorskip("torch")
-    shapes, spheres = parameters.network("small")
+    shapes, spheres = parameters.describe_network("small")
     params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), shapes)
     grads = jax.tree.map(lambda x: jax.numpy.ones((2, *x.shape)), shapes)
     steps = speed.torch_steps(params, grads, spheres, 1e-3, 0.0, 2)

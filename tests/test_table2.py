@@ -28,7 +28,7 @@ from benchmarks.runs import store as storing
 from benchmarks.runs import workers
 from benchmarks.training import models, recipes
 from benchmarks.training.data import load
-from benchmarks.training.methods import METHODS
+from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.trainer import Run, Trainer
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -270,8 +270,8 @@ def test_other_data_of_the_same_name(tmp_path, capsys, monkeypatch, expected):
         return stop.value.code == 2 and "made with other data" in capsys.readouterr().err
 
     def forget():
-        table2.training_data.cache_clear()
-        table2._trainer.cache_clear()
+        table2.load_training_data.cache_clear()
+        table2._make_trainer.cache_clear()
 
     def backwards(name, data_dir):
         data = load(name, data_dir)
@@ -307,21 +307,21 @@ def test_unreadable_data(tmp_path, capsys, monkeypatch):
 def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
     store = storing.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path))
-    job = table2.Sweep(args, store, Console()).jobs("digits/tiny")[0]
+    job = table2.Sweep(args, store, Console()).list_jobs("digits/tiny")[0]
     path = tmp_path / "locks" / f"{job.name}.lock"
     path.parent.mkdir(parents=True)
     with filelock.FileLock(path):
         assert table2.main(arguments(tmp_path)) == 0
     assert len(outcomes(tmp_path)) == 3
     assert "1 runs are not finished" in capsys.readouterr().out
-    assert store.result(job) is None
+    assert store.read_result(job) is None
 
 
 def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
     """What another process gives up is taken over; before that, nothing of the table is trained."""
     store = storing.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path, methods=["sgd"], seeds=1))
-    cell = table2.Sweep(args, store, Console()).grid_jobs("digits/tiny")[2]
+    cell = table2.Sweep(args, store, Console()).list_grid_jobs("digits/tiny")[2]
     path = tmp_path / "locks" / f"{cell.name}.lock"
     path.parent.mkdir(parents=True)
     lock = filelock.FileLock(path)
@@ -335,7 +335,7 @@ def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(workers.time, "sleep", give_up)
     assert table2.main(arguments(tmp_path, "--grid", methods=["sgd"], seeds=1)) == 0
     assert waited == [{recipes.GRID_SEED}]
-    assert store.result(cell) is not None
+    assert store.read_result(cell) is not None
     assert len(outcomes(tmp_path)) == 10 + 1
 
 
@@ -353,7 +353,7 @@ def test_the_grid_chooses(tmp_path, capsys):
     found = [(recipe, run) for recipe, run in outcomes(tmp_path).values()]
     cells = [pair for pair in found if pair[0]["seed"] == recipes.GRID_SEED]
     (final,) = [recipe for recipe, _ in found if recipe["seed"] == 0]
-    assert len(cells) == len(recipes.grid("sgd")) == 10
+    assert len(cells) == len(recipes.list_grid("sgd")) == 10
     best = max(
         cells, key=lambda pair: (max(pair[1]["validation_accuracy"]), -pair[1]["train_loss"][-1])
     )
@@ -362,7 +362,7 @@ def test_the_grid_chooses(tmp_path, capsys):
     assert all(set(run["test_accuracy"]) == {None} for _, run in cells)  # never looked at
     assert "weight decays by the grid" in capsys.readouterr().out
     assert table2.main(arguments(tmp_path, methods=["sgd"], seeds=1)) == 0
-    published = recipes.hyperparameters("digits", "tiny", "sgd")
+    published = recipes.get_hyperparameters("digits", "tiny", "sgd")
     assert len(outcomes(tmp_path)) == 10 + 1 + (published.weight_decay != final["weight_decay"])
     assert "as in benchmarks/training/recipes.py" in capsys.readouterr().out
 
@@ -377,7 +377,7 @@ def test_one_program_for_all_rates_decays_and_seeds(tmp_path, caplog):
         found = [re.search(r"Finished XLA compilation of jit\((\w+)\)", text) for text in texts]
         return Counter(match[1] for match in found if match)
 
-    table2._trainer.cache_clear()
+    table2._make_trainer.cache_clear()
     first = compiled(tmp_path / "first", "--grid", "--rates", 3, "--decays", 1e-4)
     assert first["train_step"] == 2  # methods
     other = ("--grid", "--rates", 1, 10, "--decays", 1e-3, 1e-2)
@@ -527,7 +527,7 @@ def test_the_page_of_the_results(tmp_path):
     methods = ["adam", "adamst", "sgd"]
     assert table2.main(arguments(tmp_path, "--grid", methods=methods)) == 0
     assert table2.main(arguments(tmp_path, "--epochs", 1, methods=["sgd"], seeds=1)) == 0
-    one, four = readme.studies(tmp_path)
+    one, four = readme.list_studies(tmp_path)
     assert one.title == "digits/tiny: 50 training images, 1 epochs, batches of 16, float32"
     assert len(one.jobs) == 1
     assert not one.grid
@@ -536,20 +536,22 @@ def test_the_page_of_the_results(tmp_path):
         " --seeds 2 --epochs 4 --images 50 --batch-size 16 --dtype float32 --grid" in four.command
     )
     best = {job.method: (job.learning_rate, job.weight_decay) for job in four.jobs}
-    rows = readme.accuracy_table(four).splitlines()[2:]
+    rows = readme.make_accuracy_table(four).splitlines()[2:]
     assert len(rows) == 3
     for row, method in zip(rows, methods, strict=True):
         rate, decay = best[method]
         accuracies = [
             run.selected_test_accuracy for run in four.results[methods.index(method)].runs
         ]
-        label = METHODS[method].label
+        label = OPTIMIZERS[method].label
         assert row.startswith(f"| {label} | {rate:g} | {decay:g} | {np.mean(accuracies):.2f} ± ")
         assert " (2) | " in row
-    grid = readme.grid_table(four).splitlines()
+    grid = readme.make_grid_table(four).splitlines()
     assert [line.count("**") for line in grid] == [0, 0, 2, 2, 2]
-    assert "36 runs" in readme.cost(four)
-    assert readme.claims_table(four).count("\n") == 1 + 3  # AdamST and Adam: accuracy, speed twice
+    assert "36 runs" in readme.describe_cost(four)
+    assert (
+        readme.make_claims_table(four).count("\n") == 1 + 3
+    )  # AdamST and Adam: accuracy, speed twice
     with pytest.raises(SystemExit, match="0 places for the section table2"):
         readme.render(next(iter(readme.PAGES)), "no markers")
 
@@ -565,7 +567,7 @@ def test_claims():
         }
 
     def findings():
-        return {(f.claim.quantity, f.claim.words): f for f in claims.findings(table)}
+        return {(f.claim.quantity, f.claim.words): f for f in claims.judge_claims(table)}
 
     table = {"adam": runs(50.0, 0.1), "adams": runs(51.0, 0.1), "adamw": runs(50.5, 0.2)}
     table["adams"][2].test_accuracy[0] += 0.2
@@ -591,7 +593,7 @@ def test_claims():
     table["adamw"] = runs(49.0, 0.2, 0.01, 0.01)
     found = findings()
     worst = found[claims.ACCURACY, "AdamW†: overall worst generalisation"]
-    assert (worst.names(), worst.verdict) == ("Adam w/o (a) - AdamW†", "the opposite")
+    assert (worst.name_methods(), worst.verdict) == ("Adam w/o (a) - AdamW†", "the opposite")
     early, late = (
         found[quantity, "AdamW† is the fastest"] for quantity in (claims.FULL_RATE, claims.WHOLE)
     )

@@ -16,12 +16,12 @@ from rich.console import Console
 from benchmarks.assumptions.hypotheses import (
     FIRST_STEPS,
     QUANTITIES,
-    accumulated,
-    all_statistics,
-    all_values,
-    verdict,
+    compute_values,
+    measure_drift,
+    summarize_all,
+    write_verdict,
 )
-from benchmarks.assumptions.picture import figure, table
+from benchmarks.assumptions.picture import draw, make_table
 from benchmarks.assumptions.recording import SEED, Diverged, record
 from benchmarks.cli import Parser, at_least
 from benchmarks.reporting import report
@@ -53,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, ImageSizeError, Diverged) as error:
         parser.error(str(error))
 
-    values = all_values(steps, {name: o.learning_rate for name, o in compared.items()})
-    rows = all_statistics(values)
-    sentences, drift = verdict(rows), accumulated(steps["SGD"], compared["SGD"])
+    values = compute_values(steps, {name: o.learning_rate for name, o in compared.items()})
+    rows = summarize_all(values)
+    sentences, drift = write_verdict(rows), measure_drift(steps["SGD"], compared["SGD"])
     filters = steps["SGD"].radius.shape[1]
     title = (
         f"{args.model} on {args.dataset}, batches of {recipes.BATCH_SIZE}: all {filters:,} filters "
         f"in the first {args.steps:,} steps, {filters * args.steps:,} values each"
     )
     console = Console()
-    console.print(table(rows, title))
+    console.print(make_table(rows, title))
     for key, sentence in sentences.items():
         console.print(f"{QUANTITIES[key].label}: {sentence}", highlight=False, markup=False)
     console.print(
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = {
             "command": f"python -m benchmarks.assumptions --dataset {args.dataset} --data-dir DIR "
             f"--model {args.model} --steps {args.steps}{limit} --out FOLDER",
-            "environment": report.environment(),
+            "environment": report.describe_environment(),
             "filters": filters,
             "steps": args.steps,
             "first_steps": FIRST_STEPS,
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "radius_of_sgd_by_theorem_4_relative_error_after_all_steps": drift,
         }
         report.write_json(args.out / "assumptions.json", content)
-        figure(values, sentences, title, args.out / "assumptions.png")
+        draw(values, sentences, title, args.out / "assumptions.png")
         console.print(f"written: {args.out}/assumptions.json, .png", markup=False)
     return 0
 

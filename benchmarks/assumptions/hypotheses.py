@@ -23,21 +23,23 @@ Array = np.ndarray
 # Theorem 4 neglects the last term: the square of (eta G)^2 / r^2, in which it expands r'^4.
 
 
-def theorem_4(fourth_power: Any, gradient: Any, learning_rate: float, weight_decay: float) -> Any:
+def predict_by_theorem_4(
+    fourth_power: Any, gradient: Any, learning_rate: float, weight_decay: float
+) -> Any:
     """r'^4 from r^4, as Theorem 4 has it."""
     root = (1 - learning_rate * weight_decay) ** 2  # beta^{1/2}
     return root**2 * fourth_power + 2 * root * (learning_rate * gradient) ** 2
 
 
-def neglected(radius: Any, gradient: Any, learning_rate: float) -> Any:
+def compute_neglected(radius: Any, gradient: Any, learning_rate: float) -> Any:
     return (learning_rate * gradient / radius) ** 4
 
 
-def radius_by_theorem_4(step: Step, learning_rate: float, weight_decay: float) -> Array:
+def predict_radius(step: Step, learning_rate: float, weight_decay: float) -> Array:
     """After all steps, from the first radius and the gradients alone: what was neglected adds up."""
     fourth_power = step.radius[0] ** 4
     for gradient in step.gradient:
-        fourth_power = theorem_4(fourth_power, gradient, learning_rate, weight_decay)
+        fourth_power = predict_by_theorem_4(fourth_power, gradient, learning_rate, weight_decay)
     return fourth_power**0.25
 
 
@@ -78,7 +80,7 @@ QUANTITIES = {
         "neglected",
         "what Theorem 4 neglects of r'^4, (eta ||grad L(u)||)^4 / r^4, as a part of the measured r'^4: "
         "sin(angle)^4; the published order of magnitude of 1e-4 is taken as a bound of it",
-        lambda step, eta: neglected(step.radius, step.gradient, eta) / step.next_radius**4,
+        lambda step, eta: compute_neglected(step.radius, step.gradient, eta) / step.next_radius**4,
         lambda x: x <= PUBLISHED,
         f"<= {PUBLISHED:g}",
         np.max,
@@ -106,7 +108,7 @@ QUANTILES = {
 }
 
 
-def statistics(quantity: Quantity, values: Array) -> dict[str, Any]:
+def summarize(quantity: Quantity, values: Array) -> dict[str, Any]:
     """Over all filters and steps of `values`, (steps, filters)."""
     later = values[FIRST_STEPS:]
     return {
@@ -118,7 +120,7 @@ def statistics(quantity: Quantity, values: Array) -> dict[str, Any]:
     }
 
 
-def all_values(
+def compute_values(
     steps: Mapping[str, Step], rates: Mapping[str, float]
 ) -> dict[str, dict[str, Array]]:
     """By quantity, then by optimizer."""
@@ -128,23 +130,23 @@ def all_values(
     }
 
 
-def all_statistics(
+def summarize_all(
     values: Mapping[str, Mapping[str, Array]],
 ) -> dict[str, dict[str, dict[str, Any]]]:
     return {
-        key: {name: statistics(QUANTITIES[key], found) for name, found in by_name.items()}
+        key: {name: summarize(QUANTITIES[key], found) for name, found in by_name.items()}
         for key, by_name in values.items()
     }
 
 
-def accumulated(step: Step, optimizer: Optimizer) -> dict[str, float]:
+def measure_drift(step: Step, optimizer: Optimizer) -> dict[str, float]:
     """How far the radius of Theorem 4 is from the measured one after all steps."""
-    predicted = radius_by_theorem_4(step, optimizer.learning_rate, optimizer.weight_decay)
+    predicted = predict_radius(step, optimizer.learning_rate, optimizer.weight_decay)
     off = np.abs(predicted / step.next_radius[-1] - 1)
     return {"median": float(np.median(off)), "max": float(off.max())}
 
 
-def verdict(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+def write_verdict(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
     """A sentence per hypothesis that says whether it held."""
     factor, angle = rows["factor"], rows["angle"]
     smallest = min(row["min"] for row in factor.values())

@@ -16,7 +16,7 @@ from benchmarks.assumptions.hypotheses import FIRST_STEPS, PUBLISHED, QUANTILES,
 COLORS = {"SGD": "#0072B2", "SGD-M": "#D55E00", "Adam": "#009E73"}
 
 
-def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> Table:
+def make_table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> Table:
     found = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in ("", " "):
         found.add_column(column, no_wrap=True)
@@ -34,14 +34,14 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> Ta
     return found
 
 
-def figure(
+def draw(
     values: Mapping[str, Mapping[str, Array]], sentences: Mapping[str, str], title: str, path: Path
 ) -> None:
     """One panel per hypothesis; its title says whether it held."""
     made = Figure(figsize=(14, 4.6), layout="constrained")
     left, middle, right = made.subplots(1, 3)
     for axes, key in ((left, "factor"), (middle, "angle"), (right, "neglected")):
-        bins = _bins(values[key], log=key != "factor")
+        bins = _choose_bins(values[key], log=key != "factor")
         for name, found in values[key].items():
             # What a logarithmic axis cannot show, a filter that did not move, is in its first bin.
             shown = np.clip(found.ravel(), bins[0], bins[-1])
@@ -65,7 +65,7 @@ def figure(
     made.savefig(path, dpi=150)
 
 
-def _bins(values: Mapping[str, Array], log: bool) -> Array:
+def _choose_bins(values: Mapping[str, Array], log: bool) -> Array:
     flat = np.concatenate([found.ravel() for found in values.values()])
     if log:
         positive = flat[flat > 0]

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 import spherical_optax as so
-from benchmarks.reporting.progress import progress
+from benchmarks.reporting.progress import show_progress
 from benchmarks.training import recipes
-from benchmarks.training.build import filter_spheres
+from benchmarks.training.build import find_filter_spheres
 from benchmarks.training.data import Dataset
 from benchmarks.training.models import MODELS
 from benchmarks.training.trainer import Trainer
@@ -47,14 +47,14 @@ def measure(params: Any, grads: Any, updates: Any, spheres: Any) -> Step:
     tangent = so.geometry.norm(so.geometry.project(params, grads, spheres), spheres)
     gradient = jax.tree.map(jnp.multiply, measured.radius, tangent)
     found = (factor, measured.angle, gradient, measured.radius, measured.next_radius)
-    return Step(*(_filters(tree) for tree in found))
+    return Step(*(_concatenate_filters(tree) for tree in found))
 
 
 def watch(tx: optax.GradientTransformation, spheres: Any) -> optax.GradientTransformation:
     """`tx` itself, with the last step's `Step` in its state: the training loop needs no change."""
 
     def init(params):
-        filters = _filters(so.geometry.norm(params, spheres))
+        filters = _concatenate_filters(so.geometry.norm(params, spheres))
         # Arrays of their own, because one that came twice could not be donated.
         return WatchState(tx.init(params), Step(*(jnp.zeros_like(filters) for _ in Step._fields)))
 
@@ -80,7 +80,7 @@ class Recorder(Trainer):
         for count in range(steps):
             epoch, step = divmod(count, self.steps)
             if step == 0:
-                plan = self.plan(SEED, epoch)
+                plan = self.draw_plan(SEED, epoch)
             state, loss = self._train(state, *self.train, plan, np.int32(step))
             if not math.isfinite(loss):
                 raise Diverged(f"diverged in step {count + 1} (the loss is not finite)")
@@ -96,9 +96,9 @@ class Optimizer(NamedTuple):
     weight_decay: float  # the L2 coefficient
 
 
-def optimizers(dataset: str, model: str, spheres: Any) -> dict[str, Optimizer]:
+def make_optimizers(dataset: str, model: str, spheres: Any) -> dict[str, Optimizer]:
     """With the paper's values. It lists none for SGD without momentum, which gets those of SGD-M."""
-    sgd, adam = (recipes.hyperparameters(dataset, model, name) for name in ("sgd", "adam"))
+    sgd, adam = (recipes.get_hyperparameters(dataset, model, name) for name in ("sgd", "adam"))
 
     def descent(momentum: float | None) -> Optimizer:
         rate, _, decay = sgd
@@ -114,7 +114,7 @@ def optimizers(dataset: str, model: str, spheres: Any) -> dict[str, Optimizer]:
     }
 
 
-def _filters(tree: Any) -> jax.Array:
+def _concatenate_filters(tree: Any) -> jax.Array:
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
@@ -122,10 +122,10 @@ def record(
     data: Dataset, model_name: str, steps: int
 ) -> tuple[dict[str, Optimizer], dict[str, Step]]:
     model = MODELS[model_name](data.source.num_classes)
-    spheres = filter_spheres(model, data.source.shape)
-    compared = optimizers(data.source.name, model_name, spheres)
+    spheres = find_filter_spheres(model, data.source.shape)
+    compared = make_optimizers(data.source.name, model_name, spheres)
     found = {}
-    with progress(len(compared) * steps) as advance:
+    with show_progress(len(compared) * steps) as advance:
         for name, optimizer in compared.items():
             tx = watch(optimizer.tx, spheres)
             # Step by step on every device, to see each of them.

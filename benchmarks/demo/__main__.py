@@ -18,13 +18,14 @@ from rich.console import Console
 import spherical_optax as so
 from benchmarks.cli import Parser
 from benchmarks.demo import grid
-from benchmarks.demo.recipe import METHODS, RECIPE, make_model, make_trainer
+from benchmarks.demo.recipe import RECIPE, make_model, make_trainer
 from benchmarks.reporting import figures, report
-from benchmarks.reporting.progress import progress
-from benchmarks.reporting.significance import verdict
-from benchmarks.training.build import filter_spheres
+from benchmarks.reporting.progress import show_progress
+from benchmarks.reporting.significance import write_verdict
+from benchmarks.training.build import find_filter_spheres
 from benchmarks.training.data import load
-from benchmarks.training.methods import METHODS as REGISTRY
+from benchmarks.training.methods import OPTIMIZERS
+from benchmarks.training.recipes import PAPER_METHODS
 from benchmarks.training.trainer import Run, State, Trainer
 
 SEEDS = (0, 1, 2)
@@ -48,7 +49,7 @@ def train(
     return trainer.run(seed, RECIPE.epochs, on_epoch), radii
 
 
-def median_radius(radii: Sequence[list[np.ndarray]]) -> list[float]:
+def compute_median_radius(radii: Sequence[list[np.ndarray]]) -> list[float]:
     """Over all filters and the seeds that finished, for each epoch from 0."""
     finished = [run for run in radii if len(run) == RECIPE.epochs + 1]
     return np.median(np.concatenate(finished, axis=1), axis=1).tolist() if finished else []
@@ -57,8 +58,8 @@ def median_radius(radii: Sequence[list[np.ndarray]]) -> list[float]:
 def run_demo(console: Console) -> None:
     start = time.perf_counter()
     data = load("digits")
-    rates = grid.chosen_rates()
-    spheres = filter_spheres(make_model(data), data.source.shape)
+    rates = grid.read_chosen_rates()
+    spheres = find_filter_spheres(make_model(data), data.source.shape)
     found = len(jax.tree.leaves(spheres))
     console.print(f"Found by measurement: {found} arrays on spheres, one sphere per filter\n")
 
@@ -68,9 +69,9 @@ def run_demo(console: Console) -> None:
         return jnp.concatenate([r.ravel() for r in radii])
 
     results, radii = [], {}
-    with progress(len(METHODS) * len(SEEDS) * RECIPE.epochs) as advance:
-        for name in METHODS:
-            label = REGISTRY[name].label
+    with show_progress(len(PAPER_METHODS) * len(SEEDS) * RECIPE.epochs) as advance:
+        for name in PAPER_METHODS:
+            label = OPTIMIZERS[name].label
             trainer = make_trainer(name, rates[name], data)
 
             def show(run: Run, label: str = label) -> None:
@@ -81,27 +82,27 @@ def run_demo(console: Console) -> None:
             memory = trainer.state_bytes_per_parameter
             runs = [run for run, _ in trained]
             results.append(report.Result(name, label, rates[name], memory, runs))
-            radii[label] = median_radius([filters for _, filters in trained])
+            radii[label] = compute_median_radius([filters for _, filters in trained])
 
     test_images = len(data.test.labels)
     title = f"digits: test accuracy on {test_images} images, mean ± std over {len(SEEDS)} seeds"
-    console.print(report.table(results, title))
+    console.print(report.make_table(results, title))
     console.print(f"Learning rates: chosen beforehand in {grid.PATH.relative_to(ROOT)}")
-    console.print(f"\n{verdict(results)}", highlight=False)
+    console.print(f"\n{write_verdict(results)}", highlight=False)
 
     OUT.mkdir(parents=True, exist_ok=True)
     content = {
         "command": "python -m benchmarks.demo",
         "recipe": RECIPE.describe(),
         "learning_rates_chosen_in": str(grid.PATH.relative_to(ROOT)),
-        "environment": report.environment(),
-        "verdict": verdict(results),
-        "results": [report.as_json(result) for result in results],
+        "environment": report.describe_environment(),
+        "verdict": write_verdict(results),
+        "results": [report.to_json(result) for result in results],
         "median_radius_of_the_filters": radii,
     }
     report.write_json(OUT / "demo.json", content)
-    figures.training_loss(results, OUT / "training_loss.png")
-    figures.median_radius(radii, OUT / "radii.png")
+    figures.draw_training_loss(results, OUT / "training_loss.png")
+    figures.draw_median_radius(radii, OUT / "radii.png")
     console.print(f"\nWrote {', '.join(sorted(p.name for p in OUT.iterdir()))} in results/demo/")
     console.print(f"Took {time.perf_counter() - start:.0f} s", highlight=False)
 

@@ -9,10 +9,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo.recipe import METHODS, RECIPE, make_trainer
+from benchmarks.demo.recipe import RECIPE, make_trainer
 from benchmarks.reporting import report
-from benchmarks.reporting.progress import progress
+from benchmarks.reporting.progress import show_progress
 from benchmarks.training.data import load
+from benchmarks.training.recipes import PAPER_METHODS
 from benchmarks.training.trainer import Run
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -23,21 +24,21 @@ PATH = Path(__file__).parents[1] / "results" / "demo_grid.json"
 def search() -> dict[str, float]:
     """Runs every cell, writes them all to `PATH` and returns the rate chosen for each method."""
     data = load("digits")
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
-    with progress(len(METHODS) * len(RATES)) as advance:
-        for name in METHODS:
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in PAPER_METHODS}
+    with show_progress(len(PAPER_METHODS) * len(RATES)) as advance:
+        for name in PAPER_METHODS:
             for rate in RATES:
                 trainer = make_trainer(name, rate, data)
                 runs = [trainer.run(seed, RECIPE.epochs) for seed in SEEDS]
-                cells[name].append(_cell(rate, runs))
+                cells[name].append(_summarize_cell(rate, runs))
                 accuracy = cells[name][-1]["mean_validation_accuracy"]
                 advance(f"{name} at {rate:g}: validation {accuracy:.2f} %")
-    chosen = {name: best_rate(cells[name]) for name in METHODS}
+    chosen = {name: choose_rate(cells[name]) for name in PAPER_METHODS}
     content = {
         "command": "python -m benchmarks.demo --grid",
         "criterion": "highest mean validation accuracy, then lowest mean training loss",
         "recipe": RECIPE.describe(),
-        "environment": report.environment(),
+        "environment": report.describe_environment(),
         "seeds": SEEDS,
         "chosen": chosen,
         "cells": cells,
@@ -47,14 +48,14 @@ def search() -> dict[str, float]:
     return chosen
 
 
-def best_rate(cells: list[dict[str, Any]]) -> float:
+def choose_rate(cells: list[dict[str, Any]]) -> float:
     def merit(cell: dict[str, Any]) -> tuple[float, float]:
         return cell["mean_validation_accuracy"], -cell["mean_train_loss"]
 
     return max((cell for cell in cells if not cell["diverged"]), key=merit)["learning_rate"]
 
 
-def chosen_rates() -> dict[str, float]:
+def read_chosen_rates() -> dict[str, float]:
     """The committed outcome, which must have been found under the recipe that is trained now."""
     grid = json.loads(PATH.read_text(encoding="utf-8"))
     if grid["recipe"] != RECIPE.describe():
@@ -62,7 +63,7 @@ def chosen_rates() -> dict[str, float]:
     return grid["chosen"]
 
 
-def _cell(rate: float, runs: list[Run]) -> dict[str, Any]:
+def _summarize_cell(rate: float, runs: list[Run]) -> dict[str, Any]:
     validation = [max(run.validation_accuracy, default=0.0) for run in runs]
     train_loss = [run.train_loss[-1] for run in runs]
     return {

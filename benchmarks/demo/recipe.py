@@ -10,8 +10,6 @@ from benchmarks.training.data import DIGITS_TRAIN, DIGITS_VALIDATION, Dataset
 from benchmarks.training.models import MODELS
 from benchmarks.training.trainer import Trainer
 
-METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -39,7 +39,7 @@ def prepare(data_dir: Path, folder: Path) -> None:
     if _git("status", "--porcelain"):
         raise UsageError("commit first: results name the commit that made them")
     parcels.pack(npz, folder)
-    commit = f"{_git('rev-parse', 'HEAD')} {calls.digest_of_sources()}\n"
+    commit = f"{_git('rev-parse', 'HEAD')} {calls.hash_sources()}\n"
     (folder / "commit").write_text(commit, "utf-8")
     tracked = sum(
         path.stat().st_size
@@ -48,7 +48,7 @@ def prepare(data_dir: Path, folder: Path) -> None:
     )
     for call, names in CARRY.items():
         there = [folder / name for name in names if (folder / name).exists()]
-        size = tracked + sum(map(_size, there))
+        size = tracked + sum(map(_count_bytes, there))
         print(
             f"{call}: {size / luggage.MIB:.1f} MiB travel; carry "
             + " ".join(f"{folder.name}/{path.name}" for path in there)
@@ -100,7 +100,7 @@ def _git(*words: str) -> str:
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip("\n\0")
 
 
-def _size(path: Path) -> int:
+def _count_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 

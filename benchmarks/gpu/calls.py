@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     column: str = "cifar10/resnet20"
     epochs: int = 10
     dtype: str = "bfloat16"
-    methods: Sequence[str] = recipes.METHODS
+    methods: Sequence[str] = recipes.PAPER_METHODS
     rates: Sequence[float] = (3.0, 10.0, 30.0)
     decays: Sequence[float] = recipes.GRID_DECAYS
     seeds: int = 5
@@ -109,7 +109,7 @@ class Call:
         for name in ("logs", "results", "cache", "data"):
             (keep / name).mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {
-            "COMMIT": commit(),
+            "COMMIT": read_commit(),
             "PYTHONUNBUFFERED": "1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the card
             "JAX_COMPILATION_CACHE_DIR": str(keep / "cache"),
@@ -118,21 +118,21 @@ class Call:
             "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**33),  # or JAX does not note what was used
         }
 
-    def left(self) -> float:
+    def count_seconds_left(self) -> float:
         """Seconds, without those for packing."""
         return self._end - PACKING - time.monotonic()
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._start:5.0f} s  {text}", flush=True)
 
-    def stage(self, limit: float, *commands: Command) -> None:
+    def run_stage(self, limit: float, *commands: Command) -> None:
         """All of them side by side, to their end."""
         if self.begin(*commands):
             self.finish(limit, *commands)
 
     def begin(self, *commands: Command) -> bool:
         """Whether there is time for them."""
-        if self.left() <= 0:
+        if self.count_seconds_left() <= 0:
             self.failed += [f"{command.name}: no time" for command in commands]
             return False
         self.say(f"begin {', '.join(command.name for command in commands)}")
@@ -152,7 +152,7 @@ class Call:
 
     def finish(self, limit: float, *commands: Command) -> None:
         """Waits for them; what the time is too short for is ended, and the rest goes on."""
-        end = time.monotonic() + min(limit * self.setting.patience, self.left())
+        end = time.monotonic() + min(limit * self.setting.patience, self.count_seconds_left())
         for name in (command.name for command in commands if command.name in self._running):
             try:
                 status = self._running[name].wait(max(end - time.monotonic(), 0.0))
@@ -175,13 +175,15 @@ class Call:
             process.wait()
             luggage.drop_unfinished(self.keep / "cache", seconds=3.0)
 
-    def log(self, name: str) -> str:
+    def read_log(self, name: str) -> str:
         """What a command printed, empty if there was none."""
         path = self.keep / "logs" / f"{name}.log"
         return path.read_text("utf-8", "replace") if path.exists() else ""
 
     def _report(self, name: str, status: int | None) -> None:
-        last = next((x for x in reversed(self.log(name).splitlines()) if x.strip()), "").strip()
+        last = next(
+            (x for x in reversed(self.read_log(name).splitlines()) if x.strip()), ""
+        ).strip()
         what = "its time was up" if status is None else f"status {status}"
         if status not in (0, TRY_AGAIN):
             self.failed.append(f"{name}: {what}, {last}")
@@ -195,23 +197,23 @@ def first(call: Call) -> None:
     _take_half(call, "a")
     call.say(luggage.take_cache(CARRIED / "cache.tar", keep / "cache", device))
     (keep / "cache" / luggage.MADE_BY).write_text(json.dumps(device), "utf-8")
-    results = _results(call, device)
-    chosen = _choice(results)
+    results = _prepare_results(call, device)
+    chosen = _read_choice(results)
     # The flags belong to a compiled program: training may take any of these.
     flags = setting.flags if chosen is None else [chosen["flags"]]
-    programs = [_compile(call, method, one) for one in flags for method in setting.methods]
+    programs = [_make_compile(call, method, one) for one in flags for method in setting.methods]
     if chosen is None:
-        programs += [_compile(call, METHOD, flags[0], dtype) for dtype in setting.other_dtypes]
+        programs += [_make_compile(call, METHOD, flags[0], dtype) for dtype in setting.other_dtypes]
     numbers = Command("precision", "benchmarks.precision", ["--out", results / "precision.json"])
     go = keep / "go"
     go.unlink(missing_ok=True)
-    steps = [_speed(call, model, go, results) for model in setting.models]
+    steps = [_make_speed(call, model, go, results) for model in setting.models]
     # One method alone, because XLA chooses between convolutions by timing them, and the others take over
     # its choice from the cache. The numbers need little of the GPU.
     call.begin(numbers)
-    call.stage(FIRST_COMPILE, programs[0])
+    call.run_stage(FIRST_COMPILE, programs[0])
     call.begin(*steps)
-    call.stage(COMPILE, *programs[1:])
+    call.run_stage(COMPILE, *programs[1:])
     call.finish(NUMBERS, numbers)
     go.touch()  # nothing else runs any more: the steps are timed, one process after the other
     call.finish(STEP_TIMES, *steps)
@@ -224,25 +226,25 @@ def second(call: Call) -> None:
     keep = call.keep
     device = check(call)
     _take_half(call, "b")
-    if lost := parcels.missing(keep / "data"):
+    if lost := parcels.list_missing(keep / "data"):
         raise CallError(
             f"half {' and '.join(lost)} of the data is not here: run `first` before, on the same machine"
         )
-    results = _results(call, device)
-    call.stage(UNPACK, Command("unpack", "benchmarks.gpu", ["unpack", "--keep", keep]))
-    chosen = _choice(results)
+    results = _prepare_results(call, device)
+    call.run_stage(UNPACK, Command("unpack", "benchmarks.gpu", ["unpack", "--keep", keep]))
+    chosen = _read_choice(results)
     if chosen is None:  # one table has one way to train
         chosen = {"flags": call.setting.flags[0], "processes": 1, "why": "nothing was measured"}
         _write_json(results / "choice.json", chosen)
-    seconds = int(call.left())
+    seconds = int(call.count_seconds_left())
     if seconds < STARTING:
         raise CallError("no time is left to train")
     commands = [
-        _table2(call, f"training_{i}", ["--stop-after", seconds - STARTING], chosen["flags"])
+        _make_table2(call, f"training_{i}", ["--stop-after", seconds - STARTING], chosen["flags"])
         for i in range(chosen["processes"])
     ]
-    call.stage(seconds, *commands)
-    _, found, table = call.log("training_0").rpartition("Learning rates and weight decays")
+    call.run_stage(seconds, *commands)
+    _, found, table = call.read_log("training_0").rpartition("Learning rates and weight decays")
     print(found + table, flush=True)
 
 
@@ -263,7 +265,7 @@ def check(call: Call) -> dict[str, Any]:
     if found["platform"] != call.setting.platform:
         raise CallError(f"no GPU: JAX finds {found['device']}, a {found['platform']}")
     call.say(
-        f"{found['device']}, JAX {found['jax']}, {os.cpu_count()} cores, commit {commit()[:7]}"
+        f"{found['device']}, JAX {found['jax']}, {os.cpu_count()} cores, commit {read_commit()[:7]}"
     )
     return found
 
@@ -275,24 +277,25 @@ def choose(call: Call, device: Mapping[str, Any], results: Path) -> None:
     chosen; nothing is if the time was too short, or if plain training could not be measured.
     """
     plain, *others = call.setting.flags
-    speeds = {flags: _speed_of(call, _measure(call, flags)) for flags in (plain, *others)}
+    speeds = {flags: _time_alone(call, _make_measure(call, flags)) for flags in (plain, *others)}
     fastest = max(speeds, key=lambda flags: speeds[flags])
     fastest = fastest if speeds[fastest] > FASTER * speeds[plain] else plain
-    pair = [_measure(call, fastest, place=place, epochs=PAIR_EPOCHS) for place in "01"]
+    pair = [_make_measure(call, fastest, place=place, epochs=PAIR_EPOCHS) for place in "01"]
     for command in pair:
-        _warm_file(call, command.name).unlink(missing_ok=True)
-    call.stage(ALONE, *pair)
-    both = together([_timed(call, command) for command in pair])
+        _locate_warm_file(call, command.name).unlink(missing_ok=True)
+    call.run_stage(ALONE, *pair)
+    both = count_together([_read_times(call, command) for command in pair])
     beside = {
-        dtype: _speed_of(call, _measure(call, dtype=dtype)) for dtype in call.setting.other_dtypes
+        dtype: _time_alone(call, _make_measure(call, dtype=dtype))
+        for dtype in call.setting.other_dtypes
     }
     call.say(f"images/s: {speeds}, {beside}, two at once {both:.0f}")
-    if call.left() <= 0 or not speeds[plain]:
+    if call.count_seconds_left() <= 0 or not speeds[plain]:
         call.say("nothing chosen: not everything could be measured")
         return
     content = {
         "device": device,
-        "commit": commit(),
+        "commit": read_commit(),
         "setting": f"{call.setting.column}, {METHOD}, {call.setting.dtype}",
         "images_per_second": {"flags": speeds, "dtypes": beside, "two processes": both},
         "flags": fastest,
@@ -302,7 +305,7 @@ def choose(call: Call, device: Mapping[str, Any], results: Path) -> None:
     call.say(f"chosen: flags {fastest!r}, {content['processes']} at once")
 
 
-def together(found: Sequence[Mapping[str, Any] | None]) -> float:
+def count_together(found: Sequence[Mapping[str, Any] | None]) -> float:
     """Images per second of processes side by side: of the epochs that all others train through, too."""
     if not all(row and row["epochs"] for row in found):
         return 0.0
@@ -318,17 +321,17 @@ def together(found: Sequence[Mapping[str, Any] | None]) -> float:
     return total
 
 
-def _speed_of(call: Call, command: Command) -> float:
+def _time_alone(call: Call, command: Command) -> float:
     """Images per second of training alone; 0 where it could not be measured."""
-    _warm_file(call, command.name).unlink(missing_ok=True)  # of an earlier attempt
-    call.stage(ALONE, command)
-    found = _timed(call, command)
+    _locate_warm_file(call, command.name).unlink(missing_ok=True)  # of an earlier attempt
+    call.run_stage(ALONE, command)
+    found = _read_times(call, command)
     return found["images_per_second"] if found else 0.0
 
 
-def _timed(call: Call, command: Command) -> dict[str, Any] | None:
+def _read_times(call: Call, command: Command) -> dict[str, Any] | None:
     try:
-        content = json.loads(_warm_file(call, command.name).read_text("utf-8"))
+        content = json.loads(_locate_warm_file(call, command.name).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return content["columns"][call.setting.column][METHOD]
@@ -338,7 +341,7 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
-def _results(call: Call, device: Mapping[str, Any]) -> Path:
+def _prepare_results(call: Call, device: Mapping[str, Any]) -> Path:
     """The folder of this kind of device, with what earlier calls have found and this one has not."""
 
     def copy(source: str, target: str) -> str:
@@ -351,39 +354,39 @@ def _results(call: Call, device: Mapping[str, Any]) -> Path:
     return found
 
 
-def _choice(results: Path) -> dict[str, Any] | None:
+def _read_choice(results: Path) -> dict[str, Any] | None:
     try:
         return json.loads((results / "choice.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _compile(call: Call, method: str, flags: str = "", dtype: str = "") -> Command:
+def _make_compile(call: Call, method: str, flags: str = "", dtype: str = "") -> Command:
     """All that a run of the method needs, into the cache."""
-    name = _name("compile", method, dtype, "flags" if flags else "")
-    words = ["--methods", method, "--warm", _warm_file(call, name), "--warm-epochs", 0]
-    return _table2(call, name, words, flags, dtype)
+    name = _join_name("compile", method, dtype, "flags" if flags else "")
+    words = ["--methods", method, "--warm", _locate_warm_file(call, name), "--warm-epochs", 0]
+    return _make_table2(call, name, words, flags, dtype)
 
 
-def _measure(
+def _make_measure(
     call: Call, flags: str = "", dtype: str = "", place: str = "", epochs: int | None = None
 ) -> Command:
     """Images per second."""
-    name = _name("measure", METHOD, dtype, "flags" if flags else "", place)
-    words = ["--methods", METHOD, "--warm", _warm_file(call, name)]
+    name = _join_name("measure", METHOD, dtype, "flags" if flags else "", place)
+    words = ["--methods", METHOD, "--warm", _locate_warm_file(call, name)]
     words += [] if epochs is None else ["--warm-epochs", epochs]
-    return _table2(call, name, words, flags, dtype)
+    return _make_table2(call, name, words, flags, dtype)
 
 
-def _name(*parts: str) -> str:
+def _join_name(*parts: str) -> str:
     return "_".join(filter(None, parts))
 
 
-def _warm_file(call: Call, name: str) -> Path:
+def _locate_warm_file(call: Call, name: str) -> Path:
     return call.keep / f"{name}.json"
 
 
-def _table2(
+def _make_table2(
     call: Call, name: str, words: Sequence[Any], flags: str = "", dtype: str = ""
 ) -> Command:
     setting = call.setting
@@ -397,7 +400,7 @@ def _table2(
     return Command(name, "benchmarks.table2", [*options, *words], flags)
 
 
-def _speed(call: Call, model: str, go: Path, out: Path) -> Command:
+def _make_speed(call: Call, model: str, go: Path, out: Path) -> Command:
     """Compiles at once, and measures when told."""
     setting = call.setting
     words = ["--model", model, "--only", *setting.contenders, "--torch"]
@@ -407,23 +410,23 @@ def _speed(call: Call, model: str, go: Path, out: Path) -> Command:
 
 def _take_half(call: Call, half: str) -> None:
     """To where it stays as long as the machine does."""
-    if half in parcels.missing(CARRIED):
+    if half in parcels.list_missing(CARRIED):
         call.failed.append(f"half {half} of the data was not carried")
         call.say(f"{CARRIED / half} is not here: nothing can be trained; prepare it and carry it")
         return
     shutil.copytree(CARRIED / half, call.keep / "data" / half, dirs_exist_ok=True)
 
 
-def commit() -> str:
+def read_commit() -> str:
     """As prepared, because a copy of the files has no history; "+" if they have changed since."""
     try:
         name, digest = (CARRIED / "commit").read_text("utf-8").split()
     except (OSError, ValueError) as error:
         raise CallError(f"{CARRIED / 'commit'} is missing: run `prepare`, and carry it") from error
-    return name if digest == digest_of_sources() else f"{name}+"
+    return name if digest == hash_sources() else f"{name}+"
 
 
-def digest_of_sources() -> str:
+def hash_sources() -> str:
     digest = hashlib.sha256()
     for folder in ("spherical_optax", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -31,15 +31,15 @@ def main() -> None:
         sys.exit(f"not installed: {', '.join(missing)}")
     import jax
 
-    from benchmarks.cli import one_line
+    from benchmarks.cli import to_one_line
     from benchmarks.reporting import report
 
     try:
         kind, platform = jax.devices()[0].device_kind, jax.default_backend()
     except RuntimeError as error:
-        sys.exit(f"no device: {one_line(error)}")
+        sys.exit(f"no device: {to_one_line(error)}")
     found = {"device": kind, "platform": platform, "jax": jax.__version__}
-    print(json.dumps(found | {"slug": report.device_slug() or "cpu"}))
+    print(json.dumps(found | {"slug": report.make_device_slug() or "cpu"}))
 
 
 if __name__ == "__main__":

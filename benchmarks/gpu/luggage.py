@@ -31,10 +31,10 @@ def bring_back(keep: Path, out: Path, say: Callable[[str], None]) -> None:
     lost = []
     pieces: dict[str, Callable[[Path], None]] = {
         "results.tar.gz": lambda path: _pack(
-            path, "w:gz", keep / "results", _files(keep / "results")
+            path, "w:gz", keep / "results", _list_files(keep / "results")
         ),
         "log.txt": lambda path: _join_logs(path, keep / "logs"),
-        "cache.tar": lambda path: _pack(path, "w", keep / "cache", _worth_carrying(keep / "cache")),
+        "cache.tar": lambda path: _pack(path, "w", keep / "cache", _choose_cache(keep / "cache")),
     }
     for name, write in pieces.items():
         partial = out / f"{name}.tmp"
@@ -79,7 +79,7 @@ def take_cache(carried: Path, cache: Path, made_by: Mapping[str, Any]) -> str:
     return f"{len(names)} files of compiled programs were carried"
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     skipped = {"locks", "unfinished"}
     return sorted(
         path
@@ -91,7 +91,7 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _worth_carrying(cache: Path) -> list[Path]:
+def _choose_cache(cache: Path) -> list[Path]:
     """What was used last, which after the second call is what training needs.
 
     JAX notes the time of use of NAME-cache in NAME-atime, because a largest size is set.
@@ -101,7 +101,7 @@ def _worth_carrying(cache: Path) -> list[Path]:
         noted = path.with_name(path.name.removesuffix("-cache") + "-atime")
         return (noted if noted.exists() else path).stat().st_mtime
 
-    files = [path for path in _files(cache) if not path.name.endswith("-atime")]
+    files = [path for path in _list_files(cache) if not path.name.endswith("-atime")]
     files.sort(key=lambda path: (path.name != MADE_BY, -used(path)))
     chosen, size = [], 0
     for path in files:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from benchmarks.cli import one_line
+from benchmarks.cli import to_one_line
 
 HALVES = ("a", "b")
 STRIP = 500  # images of 32 rows: a WebP image has at most 16,383
@@ -37,13 +37,13 @@ def pack(npz: Path, folder: Path) -> None:
             labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
             train = len(arrays["y_train"])
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ParcelError(f"{npz}: is no data set ({one_line(error)})") from error
+        raise ParcelError(f"{npz}: is no data set ({to_one_line(error)})") from error
     middle = -(-len(images) // (2 * STRIP)) * STRIP
     parts = zip(HALVES, np.split(images, [middle]), np.split(labels, [middle]), strict=True)
     for half, some, their in parts:
         about = {"file": npz.name, "train": train, "of": len(images), "sha256": _sha256(some)}
         place = folder / half
-        if _about(place) == about and _is_whole(place):
+        if _read_about(place) == about and _is_whole(place):
             continue
         place.mkdir(parents=True, exist_ok=True)
         for old in place.iterdir():
@@ -57,7 +57,7 @@ def pack(npz: Path, folder: Path) -> None:
 
 def unpack(folder: Path, out: Path) -> Path:
     """Writes the npz file, if both halves are there and whole."""
-    found = [_half(folder / half) for half in HALVES]
+    found = [_read_half(folder / half) for half in HALVES]
     first = found[0][0]
     if any(about["file"] != first["file"] for about, *_ in found):
         raise ParcelError(f"{folder}: the halves are of different data; prepare them again")
@@ -71,13 +71,13 @@ def unpack(folder: Path, out: Path) -> Path:
     return npz
 
 
-def missing(folder: Path) -> list[str]:
+def list_missing(folder: Path) -> list[str]:
     """The halves that are not there."""
-    return [half for half in HALVES if _about(folder / half) is None]
+    return [half for half in HALVES if _read_about(folder / half) is None]
 
 
-def _half(place: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    about = _about(place)
+def _read_half(place: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    about = _read_about(place)
     if about is None:
         raise ParcelError(f"{place}: this half of the data is missing")
     try:
@@ -92,12 +92,12 @@ def _half(place: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
 
 def _is_whole(place: Path) -> bool:
     try:
-        return bool(_half(place))
+        return bool(_read_half(place))
     except ParcelError:
         return False
 
 
-def _about(place: Path) -> dict[str, Any] | None:
+def _read_about(place: Path) -> dict[str, Any] | None:
     try:
         return json.loads((place / ABOUT).read_text("utf-8"))
     except (OSError, ValueError):

@@ -40,7 +40,7 @@ def expect(condition: object, what: str) -> None:
         raise Failure(what)
 
 
-def environment(python: str) -> Path:
+def make_environment(python: str) -> Path:
     """Made at the first time, which takes some minutes."""
     found = ENVIRONMENT / "bin" / "python"
     if not found.exists():
@@ -67,7 +67,7 @@ def copy_commit(to: Path) -> str:
     return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
 
 
-def random_data(folder: Path) -> Path:
+def make_random_data(folder: Path) -> Path:
     rng, arrays = np.random.default_rng(0), {}
     for split, n in (("train", 1700), ("test", 400)):
         arrays[f"x_{split}"] = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
@@ -112,11 +112,11 @@ def check_logs(keep: Path, methods: int) -> None:
         lines = [line for line in lines if "Finished " not in line and "Compiling " not in line]
         expect(not lines, f"{path.name}: {lines[:1]}")
         if path.name.startswith(("compile_adam", "measure", "training")):
-            found = re.findall(r"Finished XLA compilation of jit\((epoch|train_step)\)", text)
+            found = re.findall(r"Finished XLA compilation of jit\((scan_epoch|train_step)\)", text)
             allowed = methods if path.name.startswith("training") else 1
             expect(len(found) <= allowed, f"{path.name}: {len(found)} compilations of training")
         if path.name.startswith(("measure", "training")):
-            cached = re.findall(r"ompilation cache hit for 'jit_(epoch|train_step)'", text)
+            cached = re.findall(r"ompilation cache hit for 'jit_(scan_epoch|train_step)'", text)
             expect(cached == found, f"{path.name}: compiled what was compiled for it before")
 
 
@@ -139,8 +139,13 @@ def rehearse(python: str, data_dir: Path | None) -> None:
         work = Path(folder)
         copy, keep, results = work / "copy", work / "keep", work / "results"
         copy.mkdir()
-        commit, interpreter = copy_commit(copy), environment(python)
-        words = ["--data-dir", data_dir or random_data(work / "data"), "--folder", copy / ".gpu"]
+        commit, interpreter = copy_commit(copy), make_environment(python)
+        words = [
+            "--data-dir",
+            data_dir or make_random_data(work / "data"),
+            "--folder",
+            copy / ".gpu",
+        ]
         command = [sys.executable, "-m", "benchmarks.gpu", "prepare", *words]
         subprocess.run(command, cwd=calls.ROOT, check=True)
         collected = subprocess.run(

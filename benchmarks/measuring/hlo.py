@@ -33,7 +33,7 @@ class Instruction(NamedTuple):
     def operands(self) -> list[str]:
         return _NAME.findall(self.arguments)
 
-    def called(self, attribute: str) -> str:
+    def find_called(self, attribute: str) -> str:
         found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
         assert found, f"{self.name}: no {attribute}"
         return found[1]
@@ -52,7 +52,7 @@ class Counts(NamedTuple):
 Program = dict[str, list[Instruction]]
 
 
-def computations(text: str) -> tuple[str, Program]:
+def parse_program(text: str) -> tuple[str, Program]:
     """The name of the entry computation of an optimized HLO program, and all its computations."""
     program: Program = {}
     entry, inside = "", None
@@ -81,19 +81,19 @@ def count(text: str, loop_body: bool = False, larger: bool = False) -> Counts:
     branch: with `so.track(every=10)` that of nine in ten steps, which does nothing. With `larger` it
     is the larger branch, there that of the tenth step.
     """
-    entry, program = computations(text)
+    entry, program = parse_program(text)
     if loop_body:
         loops = [i for i in program[entry] if i.operation == "while"]
         if len(loops) != 1:
             raise ValueError(f"the program has {len(loops)} loops, not one")
-        entry = loops[0].called("body")
+        entry = loops[0].find_called("body")
     return _count(program, entry, larger)
 
 
 def _count(program: Program, name: str, larger: bool) -> Counts:
     kinds: Counter[str] = Counter()
     read = written = 0
-    sizes = {i.name: size(i.shape) for i in program[name]}
+    sizes = {i.name: count_bytes(i.shape) for i in program[name]}
 
     def add(inner: Counts, times: int = 1) -> None:
         nonlocal read, written
@@ -107,8 +107,8 @@ def _count(program: Program, name: str, larger: bool) -> Counts:
         if operation in NOT_KERNELS or operation in ("async-update", "async-done"):
             continue
         if operation in CALLS:
-            times = _rounds(i) if operation == "while" else 1
-            add(_count(program, i.called(CALLS[operation]), larger), times)
+            times = _read_rounds(i) if operation == "while" else 1
+            add(_count(program, i.find_called(CALLS[operation]), larger), times)
         elif operation == "conditional":
             add(Counts(Counter(other=1), sizes[i.operands[0]], 0))
             names = _NAME.findall(" ".join(_BRANCHES.findall(i.attributes)))
@@ -118,29 +118,33 @@ def _count(program: Program, name: str, larger: bool) -> Counts:
         elif operation.endswith("-done"):
             written += sizes[i.name]
         else:
-            kinds[_kind(operation, i.attributes)] += 1
+            kinds[_classify(operation, i.attributes)] += 1
             written += sizes[i.name] if operation == i.operation else 0
-            taken = _slices(program[i.called("calls")]) if operation == "fusion" else {}
+            taken = (
+                _count_sliced_bytes(program[i.find_called("calls")])
+                if operation == "fusion"
+                else {}
+            )
             for k, operand in enumerate(i.operands):
                 read += min(taken.get(k, sizes[operand]), sizes[operand])
     return Counts(kinds, read, written)
 
 
-def _kind(operation: str, attributes: str) -> str:
+def _classify(operation: str, attributes: str) -> str:
     kind = re.search(r"\bkind=(\w+)", attributes)
     if operation == "fusion" and kind:
         return KINDS.get(kind[1], "other")
     return {"copy": "copy", "custom-call": "custom call"}.get(operation, "other")
 
 
-def _rounds(loop: Instruction) -> int:
+def _read_rounds(loop: Instruction) -> int:
     found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if not found:
         raise ValueError(f"{loop.name}: how often it runs is not known")
     return int(found[1])
 
 
-def _slices(fused: Sequence[Instruction]) -> dict[int, int]:
+def _count_sliced_bytes(fused: Sequence[Instruction]) -> dict[int, int]:
     """Of those parameters of a fusion of which only slices are taken: the bytes of these."""
     number = {i.name: int(i.arguments) for i in fused if i.operation == "parameter"}
     taken: Counter[int] = Counter()
@@ -152,13 +156,13 @@ def _slices(fused: Sequence[Instruction]) -> dict[int, int]:
             if i.operation == "bitcast":
                 number[i.name] = parameter
             elif i.operation in SLICES and k == 0:
-                taken[parameter] += size(i.shape)
+                taken[parameter] += count_bytes(i.shape)
             else:
                 whole.add(parameter)
     return {k: n for k, n in taken.items() if k not in whole}
 
 
-def size(shape: str) -> int:
+def count_bytes(shape: str) -> int:
     """Bytes of an array, or of all in a tuple; the digits in the name of a type are its bits."""
     total = 0
     for kind, digits, dimensions in re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", shape):

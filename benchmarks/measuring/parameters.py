@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 import spherical_optax as so
-from benchmarks.training.build import filter_spheres
+from benchmarks.training.build import find_filter_spheres
 from benchmarks.training.models import MODELS
 
 IMAGE = (32, 32, 3)
 Shapes = dict[str, tuple[int, ...]]
 
 
-def resnet50() -> Shapes:
+def list_resnet50() -> Shapes:
     """The parameters of the ImageNet network, by name: convolutions, BatchNorm, classifier."""
     convolutions, inputs = {"stem": (7, 7, 3, 64)}, 64
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
@@ -26,10 +26,10 @@ def resnet50() -> Shapes:
             if block == 0:
                 convolutions[f"{name}/shortcut"] = (1, 1, inputs, 4 * width)
             inputs = 4 * width
-    return _with_norms(convolutions) | {"head/kernel": (2048, 1000), "head/bias": (1000,)}
+    return _add_norms(convolutions) | {"head/kernel": (2048, 1000), "head/bias": (1000,)}
 
 
-def gpt2() -> Shapes:
+def list_gpt2() -> Shapes:
     """The parameters of GPT-2 with 124 million: 50 matrices, and 98 vectors."""
     width = 768
     shapes: Shapes = {"wte": (50257, width), "wpe": (1024, width)}
@@ -43,20 +43,20 @@ def gpt2() -> Shapes:
     return shapes | {"ln/scale": (width,), "ln/bias": (width,)}
 
 
-def small() -> Shapes:
+def list_small() -> Shapes:
     """300 small arrays."""
-    return _with_norms({f"block{i}": (3, 3, 16, 16) for i in range(100)})
+    return _add_norms({f"block{i}": (3, 3, 16, 16) for i in range(100)})
 
 
-def _with_norms(convolutions: Shapes) -> Shapes:
+def _add_norms(convolutions: Shapes) -> Shapes:
     norms = {f"{k}/{part}": (s[-1],) for k, s in convolutions.items() for part in ("scale", "bias")}
     return {f"{k}/kernel": s for k, s in convolutions.items()} | norms
 
 
-LISTED = {"resnet50": resnet50, "gpt2": gpt2, "small": small}
+LISTED = {"resnet50": list_resnet50, "gpt2": list_gpt2, "small": list_small}
 
 
-def network(model: str) -> tuple[Any, Any]:
+def describe_network(model: str) -> tuple[Any, Any]:
     """Shapes of the parameters, and their spheres.
 
     Of a listed network, every kernel and matrix has one sphere for each output: what is measured is the
@@ -70,4 +70,4 @@ def network(model: str) -> tuple[Any, Any]:
     images = jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)
     init = functools.partial(MODELS[model](10).init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), images)["params"]
-    return shapes, filter_spheres(MODELS[model](10), IMAGE)
+    return shapes, find_filter_spheres(MODELS[model](10), IMAGE)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 import spherical_optax as so
 from benchmarks.training.data import SOURCES, Dataset, Split
-from benchmarks.training.methods import METHODS, make_optimizer
+from benchmarks.training.methods import OPTIMIZERS, make_optimizer
 from benchmarks.training.models import MODELS
 from benchmarks.training.normalization import BatchNorm
 from benchmarks.training.trainer import Trainer
@@ -93,7 +93,7 @@ DEFAULT_LOSSES = FEW_LOSSES._replace(coarse=4e-4)
 
 
 @functools.cache
-def inputs(seed: int, *steps: int) -> Any:
+def make_inputs(seed: int, *steps: int) -> Any:
     """A tree of normal numbers: parameters, a tenth in size, or with `steps` gradients, of size 1.
 
     With a tenth of that, SGD moved by few units of bfloat16: 0.18 of that displacement was rounding.
@@ -106,17 +106,20 @@ def inputs(seed: int, *steps: int) -> Any:
     return jax.tree.map(normal, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def checksum() -> int:
+def compute_checksum() -> int:
     """With other inputs than those of the reference, every comparison would be void."""
-    arrays = [*jax.tree.leaves((inputs(0), inputs(1, STEPS), inputs(2))), *images()]
+    arrays = [
+        *jax.tree.leaves((make_inputs(0), make_inputs(1, STEPS), make_inputs(2))),
+        *make_images(),
+    ]
     return functools.reduce(lambda crc, x: zlib.crc32(x.tobytes(), crc), arrays, 0)
 
 
-def on_device(tree: Any, dtype: str) -> Any:
+def put_on_device(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
 
 
-def named(tree: Any) -> dict[str, np.ndarray]:
+def name_arrays(tree: Any) -> dict[str, np.ndarray]:
     """By path, in float64."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float64)
@@ -129,12 +132,13 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 Make = Callable[[], optax.GradientTransformation]
 
 
-def optimizers() -> dict[str, Make]:
+def list_optimizers() -> dict[str, Make]:
     def stacked() -> optax.GradientTransformation:
         return so.stacked(lambda s: so.adamsrt(RATE, s, b2=B2, weight_decay=DECAY), SPHERES)
 
     return {
-        name: functools.partial(make_optimizer, name, RATE, SPHERES, B2, DECAY) for name in METHODS
+        name: functools.partial(make_optimizer, name, RATE, SPHERES, B2, DECAY)
+        for name in OPTIMIZERS
     } | {
         "stacked(adamsrt)": stacked,
         "optax.adam": lambda: optax.adam(RATE, b2=B2),
@@ -142,7 +146,7 @@ def optimizers() -> dict[str, Make]:
     }
 
 
-def stepped(tx: optax.GradientTransformation, dtype: str) -> tuple[Any, Any, Any]:
+def run_steps(tx: optax.GradientTransformation, dtype: str) -> tuple[Any, Any, Any]:
     """Where the parameters start and end, and the last state; one compiled scan."""
 
     @jax.jit
@@ -154,14 +158,14 @@ def stepped(tx: optax.GradientTransformation, dtype: str) -> tuple[Any, Any, Any
 
         return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
 
-    start, grads = on_device((inputs(0), inputs(1, STEPS)), dtype)
+    start, grads = put_on_device((make_inputs(0), make_inputs(1, STEPS)), dtype)
     return start, *run(start, grads)
 
 
-def displacement(what: str, make: Make, dtype: str) -> Values:
-    start, end, _ = stepped(make(), dtype)
-    before = named(start)
-    return {what: {name: x - before[name] for name, x in named(end).items()}}
+def measure_displacement(what: str, make: Make, dtype: str) -> Values:
+    start, end, _ = run_steps(make(), dtype)
+    before = name_arrays(start)
+    return {what: {name: x - before[name] for name, x in name_arrays(end).items()}}
 
 
 TRACKED = {
@@ -172,9 +176,9 @@ TRACKED = {
 }
 
 
-def tracked(what: str, make: Make, dtype: str) -> Values:
-    *_, state = stepped(so.track(make(), SPHERES), dtype)
-    return {f"{what}: {name}": named(optax.tree.get(state, name)) for name in TRACKED}
+def measure_tracked(what: str, make: Make, dtype: str) -> Values:
+    *_, state = run_steps(so.track(make(), SPHERES), dtype)
+    return {f"{what}: {name}": name_arrays(optax.tree.get(state, name)) for name in TRACKED}
 
 
 # --- geometry ---------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def tracked(what: str, make: Make, dtype: str) -> Values:
 MAPS = ("transport", "exp", "log", "angle")
 
 
-def geometry(dtype: str) -> Values:
+def measure_geometry(dtype: str) -> Values:
     @jax.jit
     def run(x: Any, y: Any, v: Any) -> Any:
         u = so.geometry.direction(x, SPHERES)
@@ -193,8 +197,8 @@ def geometry(dtype: str) -> Values:
             so.geometry.angle(x, y, SPHERES),
         )
 
-    found = run(*(on_device(inputs(seed), dtype) for seed in (2, 3, 4)))
-    return {f"geometry.{name}": named(x) for name, x in zip(MAPS, found, strict=True)}
+    found = run(*(put_on_device(make_inputs(seed), dtype) for seed in (2, 3, 4)))
+    return {f"geometry.{name}": name_arrays(x) for name, x in zip(MAPS, found, strict=True)}
 
 
 # --- spheres ----------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ class Network(nn.Module):
         return nn.Dense(10, dtype=self.dtype)(x.mean(1))
 
 
-def network(dtype: str) -> tuple[Callable[[Any], Any], Any]:
+def make_network(dtype: str) -> tuple[Callable[[Any], Any], Any]:
     """A function of the parameters and these, in float32; `dtype` is that of the activations."""
     rng, net = np.random.default_rng(5), Network(jnp.dtype(dtype))
     x = rng.standard_normal((16, 12, 12, 3)).astype(np.float32)
@@ -236,8 +240,8 @@ def network(dtype: str) -> tuple[Callable[[Any], Any], Any]:
     return fn, jax.tree.map_with_path(parameter, shapes["params"])
 
 
-def discovery(dtype: str) -> Values:
-    fn, params = network(dtype)
+def measure_discovery(dtype: str) -> Values:
+    fn, params = make_network(dtype)
     tol = TOLERANCE[dtype]
     survey = so.survey_spheres(fn, params, key=jax.random.key(0), tol=tol)
     report = so.check_spheres(fn, params, survey.spheres, key=jax.random.key(1))
@@ -247,9 +251,9 @@ def discovery(dtype: str) -> Values:
     off = {f.path: tol / f.natural for f in survey.findings if f.verdict == "no"}
     return {
         "find_spheres: verdicts": {name: np.asarray(text) for name, text in verdicts.items()},
-        "find_spheres: figures on spheres": named(on),
-        "find_spheres: tol / figures off": named(off),
-        "check_spheres: changes of outputs": named({c.path: c.change for c in report.checks}),
+        "find_spheres: figures on spheres": name_arrays(on),
+        "find_spheres: tol / figures off": name_arrays(off),
+        "check_spheres: changes of outputs": name_arrays({c.path: c.change for c in report.checks}),
     }
 
 
@@ -265,18 +269,18 @@ DISCOVERY = {
 
 
 @functools.cache
-def images() -> tuple[np.ndarray, np.ndarray]:
+def make_images() -> tuple[np.ndarray, np.ndarray]:
     rng, n = np.random.default_rng(6), 4 * BATCH
     pixels = rng.integers(0, 256, (n, *SOURCES["cifar10"].shape), np.uint8)
     return pixels, rng.integers(0, 10, n).astype(np.int32)
 
 
-def losses(what: str, dtype: str, few_kernels: bool = False) -> Values:
+def measure_losses(what: str, dtype: str, few_kernels: bool = False) -> Values:
     """Of four steps; `dtype` is that of the activations.
 
     With `few_kernels` by the program that `training.build.make_trainer` makes for accelerators.
     """
-    x, y = images()
+    x, y = make_images()
     few = Split(x[:1], y[:1])
     data = Dataset(SOURCES["cifar10"], Split(x, y), few, few)
     norm = BatchNorm if few_kernels else nn.BatchNorm
@@ -291,32 +295,32 @@ def losses(what: str, dtype: str, few_kernels: bool = False) -> Values:
     tx = so.stacked(make, spheres) if few_kernels else make(spheres)
     trainer = Trainer(net, data, tx, BATCH, scan=True, devices=jax.devices()[:1])
     _, found, _ = trainer.train_epoch(trainer.init(0), 0, 0)
-    return {what: named({f"step {i}": loss for i, loss in enumerate(found)})}
+    return {what: name_arrays({f"step {i}": loss for i, loss in enumerate(found)})}
 
 
-def cases() -> dict[str, Case]:
+def list_cases() -> dict[str, Case]:
     """In the order of the table."""
-    makes = optimizers()
+    makes = list_optimizers()
     found = {
-        name: Case(functools.partial(displacement, name, make), {name: STEPPED})
+        name: Case(functools.partial(measure_displacement, name, make), {name: STEPPED})
         for name, make in makes.items()
     }
     stacked = "stacked(adamsrt)"
     found[stacked] = found[stacked]._replace(rows={stacked: STEPPED._replace(like="adamsrt")})
     name = "muonh, default products"
-    compute = functools.partial(displacement, name, makes["muonh"])
+    compute = functools.partial(measure_displacement, name, makes["muonh"])
     found[name] = Case(compute, {name: MUON}, products=None)
     for inner in ("optax.adam", "adamsrt"):
         name = f"track({inner})"
         rows = {f"{name}: {what}": row for what, row in TRACKED.items()}
-        found[name] = Case(functools.partial(tracked, name, makes[inner]), rows)
-    found["geometry"] = Case(geometry, {f"geometry.{name}": GEOMETRY for name in MAPS})
-    found["spheres"] = Case(discovery, DISCOVERY, reference="float32")
+        found[name] = Case(functools.partial(measure_tracked, name, makes[inner]), rows)
+    found["geometry"] = Case(measure_geometry, {f"geometry.{name}": GEOMETRY for name in MAPS})
+    found["spheres"] = Case(measure_discovery, DISCOVERY, reference="float32")
     for name, row, products, few_kernels in (
         ("training", LOSSES, "highest", False),
         ("training, few kernels", FEW_LOSSES, "highest", True),
         ("training, default products", DEFAULT_LOSSES, None, False),
     ):
-        compute = functools.partial(losses, name, few_kernels=few_kernels)
+        compute = functools.partial(measure_losses, name, few_kernels=few_kernels)
         found[name] = Case(compute, {name: row}, products, reference="float32")
     return found

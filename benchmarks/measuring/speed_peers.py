@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import spherical_optax as so
-from benchmarks.cli import one_line
+from benchmarks.cli import to_one_line
 
 
 class TorchStep:
@@ -31,7 +31,7 @@ class TorchStep:
         every: int,
     ):
         self._params, self._grads, self._every = params, grads, every
-        self._wait = synchronize(params[0].device)
+        self._wait = find_synchronize(params[0].device)
         self._optimizer = make(params)
         self._step(grads[0])  # makes the state
         state = [x for of in self._optimizer.state.values() for x in of.values()]
@@ -52,28 +52,28 @@ class TorchStep:
         self.seconds.append((time.perf_counter() - start) / self._every)
 
 
-def synchronize(device: Any) -> Callable[[], None]:
+def find_synchronize(device: Any) -> Callable[[], None]:
     """What waits for the work given to a device of PyTorch: a GPU's goes on after the call."""
-    return _found("torch").cuda.synchronize if device.type == "cuda" else lambda: None
+    return _import_if_found("torch").cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 LIBRARIES = ("torch", "adamp", "pytorch_optimizer", "geoopt")
 
 
-def torch_environment() -> dict[str, Any]:
+def describe_torch() -> dict[str, Any]:
     """Versions of the libraries that are installed, and PyTorch's threads."""
-    torch = _found("torch")
+    torch = _import_if_found("torch")
     if torch is None:
         return {}
-    versions = {name: version(name) for name in LIBRARIES if _found(name)}
+    versions = {name: version(name) for name in LIBRARIES if _import_if_found(name)}
     return versions | {"torch_threads": torch.get_num_threads()}
 
 
-def torch_steps(
+def make_torch_steps(
     params: Any, grads: Any, spheres: Any, rate: float, weight_decay: float, every: int
 ) -> dict[str, TorchStep]:
     """Of every library that is installed; `grads` holds gradients along a leading axis."""
-    torch, adamp, other, geoopt = map(_found, LIBRARIES)
+    torch, adamp, other, geoopt = map(_import_if_found, LIBRARIES)
     if torch is None:
         return {}
 
@@ -96,7 +96,9 @@ def torch_steps(
         return geoopt.ManifoldParameter(found, manifold=geoopt.Sphere())
 
     def leaves_as(convert: Callable[..., Any], tree: Any) -> list[Any]:
-        return [convert(*pair) for pair in zip(_leaves(tree), _leaves(spheres), strict=True)]
+        return [
+            convert(*pair) for pair in zip(_list_leaves(tree), _list_leaves(spheres), strict=True)
+        ]
 
     def gradients_as(convert: Callable[..., Any]) -> list[list[Any]]:
         steps = range(len(jax.tree.leaves(grads)[0]))
@@ -130,15 +132,15 @@ def torch_steps(
     return found
 
 
-def _found(name: str) -> Any:
+def _import_if_found(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
         return None
     except Exception as error:  # a library of CUDA that does not fit raises OSError, for example
-        print(f"{name} cannot be imported: {one_line(error)}", file=sys.stderr)
+        print(f"{name} cannot be imported: {to_one_line(error)}", file=sys.stderr)
         return None
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _list_leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda x: x is None or isinstance(x, so.Sphere))

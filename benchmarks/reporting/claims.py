@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.training import recipes
-from benchmarks.training.methods import METHODS
+from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.trainer import Run
 
 CONFIDENCE = 0.95
@@ -28,7 +28,7 @@ class Claim(NamedTuple):
 PAPER = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt")
 
 
-def _but(*names: str) -> tuple[str, ...]:
+def _list_all_but(*names: str) -> tuple[str, ...]:
     return tuple(name for name in PAPER if name not in names)
 
 
@@ -41,26 +41,26 @@ _ADAM, _W, _G, _A, _AB, _ABC = ((name,) for name in PAPER)
 CLAIMS = (
     Claim(ACCURACY, _A, _ADAM, "(a) neutralised: better accuracy"),
     Claim(ACCURACY, _AB, _A, "(ab): better accuracy than (a)"),
-    Claim(ACCURACY, _AB, _but("adamst"), "(ab): overall best accuracy"),
+    Claim(ACCURACY, _AB, _list_all_but("adamst"), "(ab): overall best accuracy"),
     Claim(ACCURACY, _AB, _ADAM, "(ab): Table 2 has it above Adam"),
     Claim(ACCURACY, _ABC, _ADAM, "(abc): Table 2 has it above Adam"),
     Claim(ACCURACY, _G, _ADAM, "AdamG†: Table 2 has it above Adam"),
     Claim(ACCURACY, _ADAM, _W, "AdamW†: worse generalisation than Adam"),
-    Claim(ACCURACY, _but("adamw"), _W, "AdamW†: overall worst generalisation"),
+    Claim(ACCURACY, _list_all_but("adamw"), _W, "AdamW†: overall worst generalisation"),
     *(
         Claim(quantity, *claim)
         for quantity in (FULL_RATE, WHOLE)
         for claim in (
             (_ADAM, _AB, "(ab) slows down training"),
             (_ABC, _AB, "(abc): a slight acceleration over (ab)"),
-            (_W, _but("adamw"), "AdamW† is the fastest"),
-            (_G, _but("adamw", "adamg"), "AdamG† is faster than the other variants"),
+            (_W, _list_all_but("adamw"), "AdamW† is the fastest"),
+            (_G, _list_all_but("adamw", "adamg"), "AdamG† is faster than the other variants"),
         )
     ),
 )
 
 
-def _speed(run: Run, epochs: int) -> float:
+def _measure_speed(run: Run, epochs: int) -> float:
     """Minus the mean training loss; of its logarithm, because losses scatter in proportion."""
     return -float(np.log(np.maximum(run.train_loss[:epochs], SMALLEST)).mean())
 
@@ -68,8 +68,8 @@ def _speed(run: Run, epochs: int) -> float:
 # The more the better. After the learning rate has dropped, a loss tells the level, not the speed.
 QUANTITIES = {
     ACCURACY: lambda run: run.selected_test_accuracy,
-    FULL_RATE: lambda run: _speed(run, recipes.full_rate_epochs(len(run.train_loss))),
-    WHOLE: lambda run: _speed(run, len(run.train_loss)),
+    FULL_RATE: lambda run: _measure_speed(run, recipes.count_full_rate_epochs(len(run.train_loss))),
+    WHOLE: lambda run: _measure_speed(run, len(run.train_loss)),
 }
 
 
@@ -93,12 +93,12 @@ class Finding(NamedTuple):
         interval = (self.difference + x for x in (0.0, self.halfwidth, -self.halfwidth))
         return "x {:.2f} ({:.2f} to {:.2f})".format(*(math.exp(-x) for x in interval))
 
-    def names(self) -> str:
+    def name_methods(self) -> str:
         relation = "-" if self.claim.quantity == ACCURACY else "/"
-        return f"{METHODS[self.better].label} {relation} {METHODS[self.worse].label}"
+        return f"{OPTIMIZERS[self.better].label} {relation} {OPTIMIZERS[self.worse].label}"
 
 
-def findings(runs: Mapping[str, Mapping[int, Run]]) -> list[Finding]:
+def judge_claims(runs: Mapping[str, Mapping[int, Run]]) -> list[Finding]:
     """Of method -> seed -> run. Claims of methods that are not there are left out."""
     found = []
     for claim in CLAIMS:

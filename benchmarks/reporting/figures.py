@@ -23,7 +23,7 @@ STYLES = (
 )
 
 
-def training_loss(results: Sequence[Result], path: Path) -> None:
+def draw_training_loss(results: Sequence[Result], path: Path) -> None:
     """Mean over the seeds as a line, smallest to largest as a band, one colour per method."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -39,7 +39,7 @@ def training_loss(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def training_loss_twice(results: Sequence[Result], title: str, path: Path) -> None:
+def draw_training_loss_twice(results: Sequence[Result], title: str, path: Path) -> None:
     """After the paper's Figure 3: all epochs, and the last fifth; bands of one standard deviation."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     whole, last = figure.subplots(1, 2)
@@ -63,7 +63,7 @@ def training_loss_twice(results: Sequence[Result], title: str, path: Path) -> No
     figure.savefig(path, dpi=150)
 
 
-def median_radius(radii: Mapping[str, Sequence[float]], path: Path) -> None:
+def draw_median_radius(radii: Mapping[str, Sequence[float]], path: Path) -> None:
     """The median over all filters and seeds, one line per method."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -13,7 +13,7 @@ SILENCE = 60.0  # seconds without a line, where there are no bars
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
+def show_progress(total: int) -> Iterator[Callable[[str], None]]:
     """Yields a function to call after each of `total` equal parts with what has just been done."""
     console = Console(stderr=True)
     if console.is_terminal:
@@ -62,17 +62,17 @@ class Overall:
         self.bars.update(self._all, completed=done)
         self.bars.update(self._run, completed=epoch, total=epochs, description=f"{text}  {run}")
         if self.bars.disable and time.monotonic() - self._said >= SILENCE and epoch < epochs:
-            self._say(f"{run}: epoch {epoch}/{epochs}, {text}; {self.left()} left")
+            self._say(f"{run}: epoch {epoch}/{epochs}, {text}; {self.estimate_left()} left")
 
-    def finished(self, text: str, done: int) -> None:
+    def report_finished(self, text: str, done: int) -> None:
         self.done = done
-        self._say(f"{text}; {self.left()} left")
+        self._say(f"{text}; {self.estimate_left()} left")
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
         self.bars.console.print(text, highlight=False, soft_wrap=True)
 
-    def left(self) -> str:
+    def estimate_left(self) -> str:
         """How long the rest will take at the speed so far, if all epochs are alike."""
         here = self.done - self._before
         if not here:

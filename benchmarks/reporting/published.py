@@ -22,7 +22,7 @@ _ROWS = {
 }
 
 
-def _cells(row: str) -> list[tuple[float, float]]:
+def _parse_row(row: str) -> list[tuple[float, float]]:
     numbers = list(map(float, row.split()))
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
@@ -31,5 +31,5 @@ def _cells(row: str) -> list[tuple[float, float]]:
 TABLE2 = {
     (column, method): cell
     for method, row in _ROWS.items()
-    for column, cell in zip(_COLUMNS, _cells(row), strict=True)
+    for column, cell in zip(_COLUMNS, _parse_row(row), strict=True)
 }

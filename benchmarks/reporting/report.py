@@ -45,7 +45,7 @@ class Result:
         return statistics.median(t for run in self.runs for t in run.step_time)
 
 
-def _statistics(values: Sequence[float]) -> dict[str, float | None]:
+def _summarize(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and the sample's standard deviation (n - 1), which one value does not have."""
     return {
         "mean": statistics.fmean(values) if values else None,
@@ -53,13 +53,13 @@ def _statistics(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def mean_std(values: Sequence[float], digits: int) -> str:
+def format_mean_std(values: Sequence[float], digits: int) -> str:
     """The mean, with the standard deviation if there is one; a dash for nothing."""
-    found = _statistics(values)
+    found = _summarize(values)
     return " ± ".join(f"{x:.{digits}f}" for x in found.values() if x is not None) or "-"
 
 
-def table(results: Sequence[Result], title: str) -> Table:
+def make_table(results: Sequence[Result], title: str) -> Table:
     rich_table = Table(title=title, box=SIMPLE_HEAD, padding=0)
     rich_table.title_justify = rich_table.caption_justify = "left"
     rich_table.add_column("method", no_wrap=True)
@@ -71,8 +71,8 @@ def table(results: Sequence[Result], title: str) -> Table:
             result.label,
             result.name,
             f"{result.learning_rate:g}",
-            mean_std(result.test_accuracies, 2),
-            mean_std(result.train_losses, 4),
+            format_mean_std(result.test_accuracies, 2),
+            format_mean_std(result.train_losses, 4),
             f"{1e3 * result.step_time:.2f}",
             f"{result.state_bytes_per_parameter:.2f}",
         )
@@ -82,29 +82,29 @@ def table(results: Sequence[Result], title: str) -> Table:
     return rich_table
 
 
-def as_json(result: Result) -> dict[str, Any]:
+def to_json(result: Result) -> dict[str, Any]:
     return {
         "optimizer": result.name,
         "method": result.label,
         "learning_rate": result.learning_rate,
         "optimizer_state_bytes_per_parameter": result.state_bytes_per_parameter,
         "step_time_seconds_median": result.step_time,
-        "test_accuracy_percent": _statistics(result.test_accuracies),
-        "final_train_loss": _statistics(result.train_losses),
-        "runs": [asdict(run) | outcome(run) for run in result.runs],
+        "test_accuracy_percent": _summarize(result.test_accuracies),
+        "final_train_loss": _summarize(result.train_losses),
+        "runs": [asdict(run) | find_outcome(run) for run in result.runs],
     }
 
 
-def outcome(run: Run) -> dict[str, Any]:
+def find_outcome(run: Run) -> dict[str, Any]:
     return {"best_epoch": run.best_epoch, "selected_test_accuracy": run.selected_test_accuracy}
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """What a result depends on beside its recipe and the commit."""
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
-        "float32_products": float32_products(),
+        "float32_products": find_float32_products(),
         # With another number of them XLA on a CPU sums in another order.
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -116,18 +116,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def device_slug() -> str:
+def make_device_slug() -> str:
     """Part of the names of files with times, which another device must not overwrite; on a CPU empty."""
     kind = jax.devices()[0].device_kind
     return "" if kind == "cpu" else re.sub(r"[^a-z0-9]+", "-", kind.lower())
 
 
-def platform(environment: Mapping[str, Any]) -> str:
+def read_platform(environment: Mapping[str, Any]) -> str:
     """That of a result: "cpu" or "gpu". The oldest do not say it, and were made on CPUs."""
     return environment.get("platform", "cpu")
 
 
-def float32_products() -> str:
+def find_float32_products() -> str:
     """In what precision convolutions and matrix products of float32 arrays are computed."""
     chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None and jax.default_backend() == "gpu":
@@ -137,18 +137,18 @@ def float32_products() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes the whole file or, if it is interrupted, none of it."""
-    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_replace_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(f"{text}\n", encoding="utf-8")
     partial.replace(path)
 
 
-def _finite(content: Any) -> Any:
+def _replace_nonfinite(content: Any) -> Any:
     """JSON has no NaN: the loss of a run that diverged becomes null."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _replace_nonfinite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [_replace_nonfinite(value) for value in content]
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content

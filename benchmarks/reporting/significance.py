@@ -31,7 +31,7 @@ class Comparison:
         self.least_difference = float(threshold) * self.scatter * math.sqrt(2 / seeds)
         self.ranked = [(labels[int(i)], float(means[i])) for i in np.argsort(-means)]
 
-    def summary(self) -> str:
+    def summarize(self) -> str:
         gaps = [a - b for (_, a), (_, b) in itertools.combinations(self.ranked, 2)]
         clear = sum(gap > self.least_difference for gap in gaps)
         return (
@@ -40,7 +40,7 @@ class Comparison:
         )
 
 
-def verdict(results: Sequence[Result]) -> str:
+def write_verdict(results: Sequence[Result]) -> str:
     """Of the methods none of whose seeds diverged, and the seeds that all of them have run."""
     complete = [r for r in results if len(r.test_accuracies) == len(r.runs)]
     shared = set.intersection(*({run.seed for run in r.runs} for r in complete)) if complete else ()
@@ -60,12 +60,12 @@ def verdict(results: Sequence[Result]) -> str:
     texts = (
         f"Test accuracy: at {len(complete[0].runs)} seeds two methods must be "
         f"{accuracy.least_difference:.2f} points apart before chance is an unlikely explanation "
-        f"({LEVEL:.0%} level for one pair, seeds as blocks). {accuracy.summary()} "
+        f"({LEVEL:.0%} level for one pair, seeds as blocks). {accuracy.summarize()} "
         f"{best} leads {second} by {first - next_best:.2f}: "
         + ("too little to rank them. " if second in level else "more than that. ")
         + (f"Not told apart from {best}: {', '.join(level)}." if level else ""),
         f"Final training loss: two methods must differ by a factor of "
-        f"{math.exp(loss.least_difference):.2f}. {loss.summary()} {loss.ranked[0][0]} has the "
+        f"{math.exp(loss.least_difference):.2f}. {loss.summarize()} {loss.ranked[0][0]} has the "
         f"lowest, {loss.ranked[-1][0]} the highest.",
         "This counts the seeds only: other training images or a finer grid of learning rates would "
         "move the numbers too.",

@@ -24,7 +24,7 @@ import filelock
 import jax
 import orbax.checkpoint as ocp
 
-from benchmarks.cli import one_line
+from benchmarks.cli import to_one_line
 from benchmarks.reporting import report
 from benchmarks.training import recipes
 from benchmarks.training.trainer import Run, State
@@ -83,10 +83,10 @@ class Store:
         """Whether there is a result, readable or not."""
         return (self.folder / f"{job.name}.json").exists()
 
-    def result(self, job: Job) -> dict[str, Any] | None:
+    def read_result(self, job: Job) -> dict[str, Any] | None:
         """What the job gave, None if it has not finished. What is no result of it is put aside."""
         path = self.folder / f"{job.name}.json"
-        with _one_line(path):
+        with _raise_in_one_line(path):
             try:
                 found = json.loads(path.read_text("utf-8"))
                 _check(found, job)
@@ -96,10 +96,10 @@ class Store:
                 aside = path.with_suffix(".corrupt")
                 path.replace(aside)
                 self.say(
-                    f"{path}: no result of a run ({_line(error)}); now {aside.name}, runs again"
+                    f"{path}: no result of a run ({_shorten(error)}); now {aside.name}, runs again"
                 )
                 return None
-        self.check_origin(path, job, found.get("data"), report.platform(found["environment"]))
+        self.check_origin(path, job, found.get("data"), report.read_platform(found["environment"]))
         return found
 
     def check_origin(self, path: Path, job: Job, data: str | None, platform: str) -> None:
@@ -119,22 +119,22 @@ class Store:
             "recipe": job._asdict(),
             "data": self.data.get(job.column),
             "run": asdict(run),
-            "outcome": report.outcome(run),
+            "outcome": report.find_outcome(run),
             "wall_seconds": wall_seconds,
             "images_per_second": job.batch_size / statistics.median(run.step_time),
-            "commit": _commit(),
-            "environment": report.environment() | {"devices": devices},
+            "commit": _find_commit(),
+            "environment": report.describe_environment() | {"devices": devices},
         }
         path = self.folder / f"{job.name}.json"
-        with _one_line(path):
+        with _raise_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             report.write_json(path, content)
 
     @contextmanager
-    def claimed(self, job: Job) -> Iterator[bool]:
+    def claim(self, job: Job) -> Iterator[bool]:
         """Whether the job is ours to run, for as long as the context lasts."""
         path = self.folder / "locks" / f"{job.name}.lock"
-        with _one_line(path):
+        with _raise_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(path)
             try:
@@ -145,16 +145,16 @@ class Store:
             except NotImplementedError as error:
                 raise SweepError(f"{path}: this file system has no locks") from error
         try:
-            yield self.result(job) is None
+            yield self.read_result(job) is None
         finally:
             lock.release()
 
     @contextmanager
-    def checkpoints(self, job: Job) -> Iterator["Checkpoints"]:
+    def open_checkpoints(self, job: Job) -> Iterator["Checkpoints"]:
         """Those of a job; gone when the context is left without an exception."""
         folder = self.folder / "unfinished" / job.name
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-        with _one_line(folder):
+        with _raise_in_one_line(folder):
             folder.mkdir(parents=True, exist_ok=True)
             manager = ocp.CheckpointManager(folder.absolute(), options=options)
         with manager:
@@ -176,7 +176,7 @@ class Checkpoints:
             "data": self._store.data.get(self._job.column),
             "platform": self._store.platform,
         }
-        with _one_line(self._folder):
+        with _raise_in_one_line(self._folder):
             self._manager.save(
                 len(run.train_loss),
                 args=ocp.args.Composite(
@@ -194,7 +194,7 @@ class Checkpoints:
                 run = Run(**found.about["run"])
             except Exception as error:  # Orbax and its readers share no narrower class
                 self._store.say(
-                    f"{self._folder}: checkpoint of epoch {epoch} is corrupt ({_line(error)})"
+                    f"{self._folder}: checkpoint of epoch {epoch} is corrupt ({_shorten(error)})"
                 )
                 self._manager.delete(epoch)
                 continue
@@ -205,15 +205,15 @@ class Checkpoints:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _raise_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SweepError(f"{path}: {error.strerror or _line(error)}") from error
+        raise SweepError(f"{path}: {error.strerror or _shorten(error)}") from error
 
 
-def _line(error: Exception) -> str:
-    text = one_line(error)
+def _shorten(error: Exception) -> str:
+    text = to_one_line(error)
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 
@@ -231,7 +231,7 @@ def _check(found: Any, job: Job) -> None:
         raise TypeError("not a number")
 
 
-def _commit() -> str | None:
+def _find_commit() -> str | None:
     """Of the checkout that this is, if it is one; "+" for what is not committed.
 
     A copy of the files without their history is given its commit in the variable COMMIT.

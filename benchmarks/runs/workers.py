@@ -22,8 +22,8 @@ def execute(
     job: Job, trainer: Trainer, store: Store, save_every: float, show: Callable[[Run], None]
 ) -> Run:
     """Runs a job that has been claimed, from its last checkpoint, and stores what it gives."""
-    with store.checkpoints(job) as checkpoints:
-        restored = checkpoints.restore(trainer.shapes())
+    with store.open_checkpoints(job) as checkpoints:
+        restored = checkpoints.restore(trainer.get_shapes())
         if restored:
             store.say(f"{job.name}: goes on after epoch {len(restored[0].train_loss)}")
         resume, before = (restored[:2], restored[2]) if restored else (None, 0.0)
@@ -33,12 +33,12 @@ def execute(
             nonlocal saved
             show(run)
             now = time.perf_counter()
-            if _of_process_0(now - saved >= save_every) and len(run.train_loss) < job.epochs:
+            if _take_from_process_0(now - saved >= save_every) and len(run.train_loss) < job.epochs:
                 checkpoints.save(run, state, before + now - start)
                 saved = time.perf_counter()
 
         test = "never" if job.seed == recipes.GRID_SEED else "every"
-        hyperparams = recipes.injected(job.values)
+        hyperparams = recipes.select_injected(job.values)
         run = trainer.run(job.seed, job.epochs, on_epoch, resume, test, hyperparams)
         seconds = before + time.perf_counter() - start
         store.write(job, run, seconds, trainer.sharded.mesh.size)
@@ -54,7 +54,7 @@ class Deadline:
     def __init__(self, seconds: float):
         self._until, self._longest = time.monotonic() + seconds, 0.0
 
-    def ran(self, seconds: float) -> None:
+    def note_run(self, seconds: float) -> None:
         self._longest = max(self._longest, seconds)
 
     def leaves_time(self) -> bool:
@@ -82,12 +82,12 @@ def work(
     waited_for = 0
     while True:
         for job in jobs:
-            if store.result(job) is not None:
+            if store.read_result(job) is not None:
                 continue
             if not deadline.leaves_time():
                 store.say("time is up: the same command goes on")
                 return False
-            with store.claimed(job) as ours:
+            with store.claim(job) as ours:
                 if ours:
                     announce(job)
                     made = trainer(job)
@@ -95,8 +95,8 @@ def work(
                     began = time.monotonic()
                     run = execute(job, made, store, save_every, lambda run, job=job: show(job, run))
                     finished(job, run)
-                    deadline.ran(time.monotonic() - began)
-        left = sum(store.result(job) is None for job in jobs)
+                    deadline.note_run(time.monotonic() - began)
+        left = sum(store.read_result(job) is None for job in jobs)
         if not left or not wait:
             return True
         if left != waited_for:
@@ -115,9 +115,9 @@ def announce(job: Job | None) -> Job | None:
     """The job of process 0, on every process; None: there is no more."""
     text = np.frombuffer(json.dumps(job).encode(), np.uint8)
     padded = np.pad(text, (0, ANNOUNCEMENT - len(text)))
-    found = json.loads(bytes(_of_process_0(padded)).rstrip(b"\0"))
+    found = json.loads(bytes(_take_from_process_0(padded)).rstrip(b"\0"))
     return Job(*found) if found else None
 
 
-def _of_process_0(value: Any) -> Any:
+def _take_from_process_0(value: Any) -> Any:
     return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)

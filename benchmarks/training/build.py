@@ -16,13 +16,13 @@ from benchmarks.training.data import Dataset
 from benchmarks.training.methods import make_optimizer
 from benchmarks.training.models import MODELS
 from benchmarks.training.normalization import BatchNorm
-from benchmarks.training.trainer import Trainer, init_variables, steps_per_epoch
+from benchmarks.training.trainer import Trainer, count_steps, init_variables
 
 BATCH_SIZE = 16
 
 
 @functools.cache
-def filter_spheres(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+def find_filter_spheres(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
     """Measured on noise, with BatchNorm in training mode."""
     images = jax.random.normal(jax.random.key(0), (BATCH_SIZE, *image_shape))
     variables = init_variables(model, image_shape, seed=1)
@@ -46,7 +46,7 @@ def make_trainer(
     devices: Sequence[Any] | None = None,
     few_kernels: bool | None = None,
 ) -> Trainer:
-    """Learning rate and weight decay are arguments of its compiled program: see `recipes.injected`.
+    """Learning rate and weight decay are arguments of its compiled program (`recipes.select_injected`).
 
     `few_kernels`, by default on accelerators, computes the same up to rounding with fewer kernels, each
     of which costs its launch there: BatchNorm's sums are computed in pairs, and the optimizer's small
@@ -56,23 +56,23 @@ def make_trainer(
     """
     if few_kernels is None:
         few_kernels = jax.default_backend() != "cpu"
-    steps = epochs * steps_per_epoch(data, batch_size)
+    steps = epochs * count_steps(data, batch_size)
     # What is invariant is measured in float32.
-    spheres = filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
+    spheres = find_filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
     norm = BatchNorm if few_kernels else nn.BatchNorm
     net = MODELS[model](data.source.num_classes, dtype=jnp.dtype(dtype), norm=norm)
 
     def build(learning_rate: Any, weight_decay: Any = 0.0) -> optax.GradientTransformation:
-        schedule = recipes.step_schedule(learning_rate, steps)
+        schedule = recipes.make_schedule(learning_rate, steps)
 
         def make(spheres: Any) -> optax.GradientTransformation:
             return make_optimizer(optimizer, schedule, spheres, values.b2, weight_decay)
 
         # Those since the paper may go by the shapes of matrices, which a stack does not keep.
-        stack = few_kernels and optimizer in recipes.METHODS
+        stack = few_kernels and optimizer in recipes.PAPER_METHODS
         return so.stacked(make, spheres) if stack else make(spheres)
 
-    hyperparams = recipes.injected(values)
+    hyperparams = recipes.select_injected(values)
     static = {"weight_decay"} - hyperparams.keys()
     tx = optax.inject_hyperparams(build, static_args=static)(**hyperparams)
     return Trainer(net, data, tx, batch_size, devices=devices)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
-from benchmarks.cli import one_line
+from benchmarks.cli import to_one_line
 
 VALIDATION_FRACTION = 0.05  # of the training set, as in the paper
 DIGITS_TRAIN, DIGITS_VALIDATION = 200, 400  # few to train on, so that methods can differ
@@ -79,7 +79,7 @@ SIZES = {
 }
 
 
-def fingerprint(data: Dataset) -> str:
+def compute_fingerprint(data: Dataset) -> str:
     """What tells data sets apart that have the same name: SHA-256 of all images and labels."""
     digest = hashlib.sha256()
     for split in (data.train, data.validation, data.test):
@@ -96,12 +96,12 @@ def load(name: str, data_dir: Path | None = None, limit: int | None = None) -> D
     if name == "digits":
         return _load_digits(source, limit)
     train, test = (
-        _averaged(split, source) for split in _read(SOURCES[source.of or name], data_dir)
+        _average_pixels(split, source) for split in _read(SOURCES[source.of or name], data_dir)
     )
-    return _with_validation(source, Split(*(array[:limit] for array in train)), test)
+    return _hold_out_validation(source, Split(*(array[:limit] for array in train)), test)
 
 
-def random_images(name: str) -> Dataset:
+def make_random_images(name: str) -> Dataset:
     """Noise with as many images as the data set has: enough to compile, and to measure speed."""
     source = SOURCES[name]
     if name == "digits":
@@ -112,16 +112,16 @@ def random_images(name: str) -> Dataset:
         images = rng.integers(0, 256, (n, *source.shape), np.uint8)
         return Split(images, rng.integers(0, source.num_classes, n, np.int32))
 
-    return _with_validation(source, *map(noise, SIZES[source.of or name]))
+    return _hold_out_validation(source, *map(noise, SIZES[source.of or name]))
 
 
-def _with_validation(source: Source, train: Split, test: Split) -> Dataset:
+def _hold_out_validation(source: Source, train: Split, test: Split) -> Dataset:
     held_out = max(1, round(VALIDATION_FRACTION * len(train.labels)))
-    validation, train = _shuffled_parts(train, held_out)
+    validation, train = _split_shuffled(train, held_out)
     return Dataset(source, train, validation, test)
 
 
-def _averaged(split: Split, source: Source) -> Split:
+def _average_pixels(split: Split, source: Source) -> Split:
     (n, width), height = split.images.shape[:2], source.shape[0]
     if width == height:
         return split
@@ -134,11 +134,11 @@ def _load_digits(source: Source, limit: int | None) -> Dataset:
     # Grey levels 0..16 become 0..255, like every other image here.
     images = np.round(pixels.reshape(-1, *source.shape) * (255 / 16)).astype(np.uint8)
     everything = Split(images, labels.astype(np.int32))
-    train, validation, test = _shuffled_parts(everything, DIGITS_TRAIN, DIGITS_VALIDATION)
+    train, validation, test = _split_shuffled(everything, DIGITS_TRAIN, DIGITS_VALIDATION)
     return Dataset(source, Split(*(array[:limit] for array in train)), validation, test)
 
 
-def _shuffled_parts(split: Split, *sizes: int) -> list[Split]:
+def _split_shuffled(split: Split, *sizes: int) -> list[Split]:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(split.labels))
     parts = np.split(order, np.cumsum(sizes))
     return [Split(*(array[part] for array in split)) for part in parts]
@@ -164,10 +164,10 @@ def _read_npz(source: Source, path: Path) -> tuple[Split, Split]:
     except KeyError as error:
         raise DataError(f"{path}: has no array {error.args[0].split()[0]}") from error
     except (OSError, EOFError, ValueError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: truncated or not an npz file ({one_line(error)})") from error
+        raise DataError(f"{path}: truncated or not an npz file ({to_one_line(error)})") from error
     return (
-        _checked(source, arrays["x_train"], arrays["y_train"], f"{path}: train"),
-        _checked(source, arrays["x_test"], arrays["y_test"], f"{path}: test"),
+        _check(source, arrays["x_train"], arrays["y_train"], f"{path}: train"),
+        _check(source, arrays["x_test"], arrays["y_test"], f"{path}: test"),
     )
 
 
@@ -175,7 +175,7 @@ def _read_tfds(source: Source, data_dir: Path | None) -> tuple[Split, Split]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise DataError(f"{source.name} needs tensorflow-datasets: {one_line(error)}") from error
+        raise DataError(f"{source.name} needs tensorflow-datasets: {to_one_line(error)}") from error
     where = f"TFDS folder {data_dir}" if data_dir else "TFDS download"
     try:
         splits = tfds.data_source(
@@ -186,10 +186,10 @@ def _read_tfds(source: Source, data_dir: Path | None) -> tuple[Split, Split]:
         )
         train, test = (list(split) for split in splits)
     except Exception as error:  # readers, decoders and downloaders share no narrower class
-        raise DataError(f"{where}: cannot read {source.name} ({one_line(error)})") from error
+        raise DataError(f"{where}: cannot read {source.name} ({to_one_line(error)})") from error
     return (
-        _checked(source, *_stack(train), f"{where}: train"),
-        _checked(source, *_stack(test), f"{where}: test"),
+        _check(source, *_stack(train), f"{where}: train"),
+        _check(source, *_stack(test), f"{where}: test"),
     )
 
 
@@ -201,7 +201,7 @@ def _stack(examples: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     return images, np.array([example["label"] for example in examples])
 
 
-def _checked(source: Source, images: np.ndarray, labels: np.ndarray, where: str) -> Split:
+def _check(source: Source, images: np.ndarray, labels: np.ndarray, where: str) -> Split:
     if images.dtype != np.uint8 or images.shape[1:] != source.shape:
         raise DataError(
             f"{where}: expected uint8 images of shape (n, {', '.join(map(str, source.shape))}), "

@@ -24,10 +24,10 @@ def make_optimizer(
     b2: float | None,
     weight_decay: float,
 ) -> Transformation:
-    return METHODS[name].build(learning_rate, spheres, b2, weight_decay)
+    return OPTIMIZERS[name].build(learning_rate, spheres, b2, weight_decay)
 
 
-def _adamw_on_spheres(
+def _make_adamw_on_spheres(
     learning_rate: optax.ScalarOrSchedule, spheres: Any, b2: float, weight_decay: float
 ) -> Transformation:
     """AdamW on the filters and plain Adam elsewhere.
@@ -44,14 +44,14 @@ def _adamw_on_spheres(
     )
 
 
-def _adam_like(optimizer: Callable[..., Any]) -> Callable[..., Transformation]:
+def _wrap_adam_like(optimizer: Callable[..., Any]) -> Callable[..., Transformation]:
     def build(learning_rate, spheres, b2, weight_decay):
         return optimizer(learning_rate, spheres, b2=b2, weight_decay=weight_decay)
 
     return build
 
 
-def _sgd_like(optimizer: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _wrap_sgd_like(optimizer: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     def build(learning_rate, spheres, b2, weight_decay):
         del b2  # no second moment
         return optimizer(learning_rate, spheres, weight_decay=weight_decay, **options)
@@ -59,7 +59,7 @@ def _sgd_like(optimizer: Callable[..., Any], **options: Any) -> Callable[..., An
     return build
 
 
-def _muonh(
+def _make_muonh(
     learning_rate: optax.ScalarOrSchedule, spheres: Any, b2: float, weight_decay: float
 ) -> Transformation:
     """One sphere for every matrix that is made orthogonal, where other methods have one per filter."""
@@ -67,18 +67,18 @@ def _muonh(
     return so.muonh(learning_rate, layers, b2=b2, weight_decay=weight_decay)
 
 
-METHODS = {
-    "adam": Method("Adam", _adam_like(so.adam)),
-    "adamw": Method("AdamW†", _adamw_on_spheres),
-    "adamg": Method("AdamG†", _adam_like(so.adamg)),
-    "adams": Method("Adam w/o (a)", _adam_like(so.adams)),
-    "adamst": Method("Adam w/o (ab)", _adam_like(so.adamst)),
-    "adamsrt": Method("Adam w/o (abc)", _adam_like(so.adamsrt)),
-    "sgd": Method("SGD-M", _sgd_like(so.sgd, momentum=recipes.MOMENTUM)),
-    "sgd_mrt": Method("SGD-MRT", _sgd_like(so.sgd_mrt, momentum=recipes.MOMENTUM)),
-    "adamg_star": Method("AdamG*", _sgd_like(so.adamg_star)),
-    "adamp": Method("AdamP", _adam_like(so.adamp)),
-    "sgdp": Method("SGDP", _sgd_like(so.sgdp, momentum=recipes.MOMENTUM)),
-    "adamh": Method("AdamH", _adam_like(so.adamh)),
-    "muonh": Method("MuonH", _muonh),
+OPTIMIZERS = {
+    "adam": Method("Adam", _wrap_adam_like(so.adam)),
+    "adamw": Method("AdamW†", _make_adamw_on_spheres),
+    "adamg": Method("AdamG†", _wrap_adam_like(so.adamg)),
+    "adams": Method("Adam w/o (a)", _wrap_adam_like(so.adams)),
+    "adamst": Method("Adam w/o (ab)", _wrap_adam_like(so.adamst)),
+    "adamsrt": Method("Adam w/o (abc)", _wrap_adam_like(so.adamsrt)),
+    "sgd": Method("SGD-M", _wrap_sgd_like(so.sgd, momentum=recipes.MOMENTUM)),
+    "sgd_mrt": Method("SGD-MRT", _wrap_sgd_like(so.sgd_mrt, momentum=recipes.MOMENTUM)),
+    "adamg_star": Method("AdamG*", _wrap_sgd_like(so.adamg_star)),
+    "adamp": Method("AdamP", _wrap_adam_like(so.adamp)),
+    "sgdp": Method("SGDP", _wrap_sgd_like(so.sgdp, momentum=recipes.MOMENTUM)),
+    "adamh": Method("AdamH", _wrap_adam_like(so.adamh)),
+    "muonh": Method("MuonH", _make_muonh),
 }

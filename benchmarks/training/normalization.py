@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def sums(a: jax.Array, b: jax.Array) -> jax.Array:
+def sum_pair(a: jax.Array, b: jax.Array) -> jax.Array:
     """Of two arrays over all axes but the last, by one reduction: shape (2, 1, ..., 1, channels)."""
     return jnp.stack([a, b]).sum(tuple(range(1, a.ndim)), keepdims=True)
 
 
 @jax.custom_vjp
-def batch_norm(
+def normalize_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(x - mean) / sqrt(variance + epsilon) scale + bias, and both statistics.
@@ -31,7 +31,7 @@ def batch_norm(
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> Any:
     exact = x.astype(jnp.float32)
-    mean, square = sums(exact, exact * exact) / (x.size // x.shape[-1])
+    mean, square = sum_pair(exact, exact * exact) / (x.size // x.shape[-1])
     variance = jnp.maximum(square - mean * mean, 0.0)
     inverse = jax.lax.rsqrt(variance + epsilon)
     y = (exact - mean) * (inverse * scale) + bias
@@ -42,13 +42,13 @@ def _backward(saved: Any, gradients: Any) -> Any:
     x, scale, mean, inverse = saved
     dy = gradients[0].astype(jnp.float32)
     normal = (x.astype(jnp.float32) - mean) * inverse
-    dbias, dscale = sums(dy, dy * normal)
+    dbias, dscale = sum_pair(dy, dy * normal)
     n = x.size // x.shape[-1]
     dx = scale * inverse * (dy - dbias / n - normal * (dscale / n))
     return dx.astype(x.dtype), dscale, dbias, None
 
 
-batch_norm.defvjp(_forward, _backward)
+normalize_batch.defvjp(_forward, _backward)
 
 
 class BatchNorm(nn.Module):
@@ -75,7 +75,7 @@ class BatchNorm(nn.Module):
             factor = jax.lax.rsqrt(variance.value + self.epsilon) * scale
             y = (x.astype(jnp.float32) - wide(mean.value)) * wide(factor) + wide(bias)
             return y.astype(self.dtype)
-        y, *statistics = batch_norm(x, wide(scale), wide(bias), self.epsilon)
+        y, *statistics = normalize_batch(x, wide(scale), wide(bias), self.epsilon)
         if not self.is_initializing():
             for average, now in zip((mean, variance), statistics, strict=True):
                 average.value += (1 - self.momentum) * (now.reshape(channels) - average.value)

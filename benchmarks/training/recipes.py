@@ -132,8 +132,8 @@ COLUMNS = {
     "cifar10-16/resnet8": Column("cifar10-16", "resnet8", images=5000, epochs=75),
 }
 # In the order of the paper's table, and SGD-M.
-METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
-LATER = ("adamp", "sgdp", "adamh", "muonh")  # what others have published since
+PAPER_METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
+SINCE_THE_PAPER = ("adamp", "sgdp", "adamh", "muonh")  # what others have published since
 
 # For columns without published values: the same multiples of the learning rate for every method, and two
 # L2 coefficients. A decay that is not in the gradient is 20 times as much, as the paper's default for
@@ -144,7 +144,7 @@ DECOUPLED = {"adamw": 20.0, "adamp": 20.0}
 GRID_SEED = 100  # not one of the table's; the grid never looks at the test images
 
 
-def grid(
+def list_grid(
     method: str,
     b2: float = 0.99,
     rates: Sequence[float] = GRID_RATES,
@@ -169,7 +169,7 @@ class Hyperparameters(NamedTuple):
     weight_decay: float
 
 
-def injected(values: Hyperparameters) -> dict[str, float]:
+def select_injected(values: Hyperparameters) -> dict[str, float]:
     """Those that a compiled program takes as arguments: one program serves all cells of a grid.
 
     A decay of zero is not among them, because then its arithmetic is left out. Nor is b2: 1 - b2 rounds
@@ -179,19 +179,19 @@ def injected(values: Hyperparameters) -> dict[str, float]:
     return {name: value for name, value in found.items() if name == "learning_rate" or value}
 
 
-def hyperparameters(dataset: str, model: str, optimizer: str) -> Hyperparameters:
+def get_hyperparameters(dataset: str, model: str, optimizer: str) -> Hyperparameters:
     """The paper's values; a combination that it did not train gets those of CIFAR-10, ResNet20."""
     column = _SEARCHED.get((dataset, model), _SEARCHED[_DEFAULT_COLUMN])
     b2, weight_decay = column[_SAME_AS.get(optimizer, optimizer)]
     return Hyperparameters(LEARNING_RATES[optimizer], b2, weight_decay)
 
 
-def full_rate_epochs(epochs: int) -> int:
+def count_full_rate_epochs(epochs: int) -> int:
     """How many pass before the first milestone."""
     return max(epochs * MILESTONES[0] // EPOCHS, 1)
 
 
-def step_schedule(learning_rate: float, total_steps: int) -> optax.Schedule:
+def make_schedule(learning_rate: float, total_steps: int) -> optax.Schedule:
     """x 0.1 at epochs 135, 225 and 315 of 405, scaled to `total_steps`."""
     # Rounded up: never before the first step.
     milestones = np.array([-(-total_steps * m // EPOCHS) for m in MILESTONES], np.int32)

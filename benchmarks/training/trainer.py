@@ -125,7 +125,7 @@ class Trainer:
     ):
         self.model, self.source, self.tx, self.batch_size = model, data.source, tx, batch_size
         self.scan = jax.default_backend() != "cpu" if scan is None else scan
-        self.steps = steps_per_epoch(data, batch_size)
+        self.steps = count_steps(data, batch_size)
         mesh = Mesh(np.array(devices or jax.devices()[:1]), ("data",))
         if batch_size % mesh.size:
             raise DataError(
@@ -135,24 +135,26 @@ class Trainer:
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec("data"))
         self.train = Split(*(_place(array, self.replicated) for array in data.train))
-        self.validation = _batches(data.validation, self.sharded)
-        self.test = _batches(data.test, self.sharded)
+        self.validation = _make_batches(data.validation, self.sharded)
+        self.test = _make_batches(data.test, self.sharded)
         self._init_tx = jax.jit(tx.init, out_shardings=self.replicated)
-        shapes = self.shapes()
-        self.state_bytes_per_parameter = _num_bytes(shapes.opt_state) / _num_elements(shapes.params)
+        shapes = self.get_shapes()
+        self.state_bytes_per_parameter = _count_bytes(shapes.opt_state) / _count_elements(
+            shapes.params
+        )
 
     @cached_property
     def _train(self) -> Any:
         """Compiled ahead of time, so that no measured step contains compilation."""
         train = jax.jit(
-            self.epoch if self.scan else self.train_step,
+            self.scan_epoch if self.scan else self.train_step,
             donate_argnums=0,
             in_shardings=self.replicated,
             out_shardings=self.replicated,
         )
         index = () if self.scan else (np.int32(0),)
-        plan = jax.eval_shape(partial(self.plan, 0, 0))
-        return train.lower(self.shapes(), *self.train, plan, *index).compile()
+        plan = jax.eval_shape(partial(self.draw_plan, 0, 0))
+        return train.lower(self.get_shapes(), *self.train, plan, *index).compile()
 
     def init(self, seed: int, hyperparams: Hyperparams | None = None) -> State:
         """Where a run starts: the same parameters for every method.
@@ -163,10 +165,12 @@ class Trainer:
         params = variables["params"]
         opt_state = self._init_tx(params)
         if hyperparams is not None:
-            opt_state = opt_state._replace(hyperparams=self._placed(hyperparams, opt_state))
+            opt_state = opt_state._replace(
+                hyperparams=self._place_hyperparams(hyperparams, opt_state)
+            )
         return State(params, variables["batch_stats"], opt_state)
 
-    def _placed(self, hyperparams: Hyperparams, opt_state: Any) -> dict[str, jax.Array]:
+    def _place_hyperparams(self, hyperparams: Hyperparams, opt_state: Any) -> dict[str, jax.Array]:
         if hyperparams.keys() != opt_state.hyperparams.keys():
             names = " and ".join(opt_state.hyperparams)
             raise ValueError(f"compiled for any {names}, not for any {' and '.join(hyperparams)}")
@@ -175,7 +179,7 @@ class Trainer:
             for name, like in opt_state.hyperparams.items()
         }
 
-    def shapes(self) -> State:
+    def get_shapes(self) -> State:
         """What a state looks like, and where it is."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.init(0)
@@ -205,9 +209,9 @@ class Trainer:
             if not math.isfinite(run.train_loss[-1]):
                 run.diverged = True
                 return run
-            run.validation_accuracy.append(self._accuracy(state, self.validation))
+            run.validation_accuracy.append(self._measure_accuracy(state, self.validation))
             look = test == "every" or (test == "best" and run.best_epoch == epoch)
-            run.test_accuracy.append(self._accuracy(state, self.test) if look else None)
+            run.test_accuracy.append(self._measure_accuracy(state, self.test) if look else None)
             on_epoch(run, state)
         return run
 
@@ -222,15 +226,15 @@ class Trainer:
         """
         self.compile()
         state, times = self.init(0), []
-        self.plan(0, 0)  # is compiled too, and so is the evaluation
-        self._accuracy(state, self.validation[:1])
+        self.draw_plan(0, 0)  # is compiled too, and so is the evaluation
+        self._measure_accuracy(state, self.validation[:1])
         for epoch in range(1 + epochs if epochs else 0):
             start = time.time()
             state, *_ = self.train_epoch(state, 0, epoch)
             times.append((start, time.time()))
         return times[1:]
 
-    def plan(self, seed: int, epoch: int) -> Plan:
+    def draw_plan(self, seed: int, epoch: int) -> Plan:
         n = len(self.train.labels)
         return make_plan(seed, epoch, self.steps, self.batch_size, n, self.replicated)
 
@@ -254,7 +258,7 @@ class Trainer:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
 
-    def epoch(
+    def scan_epoch(
         self, state: State, images: jax.Array, labels: jax.Array, plan: Plan
     ) -> tuple[State, jax.Array]:
         def body(state, step):
@@ -264,7 +268,7 @@ class Trainer:
 
     def train_epoch(self, state: State, seed: int, epoch: int) -> tuple[State, np.ndarray, float]:
         """The new state, the steps' losses and the median time of a step."""
-        plan, train = jax.block_until_ready(self.plan(seed, epoch)), self._train
+        plan, train = jax.block_until_ready(self.draw_plan(seed, epoch)), self._train
         if self.scan:
             start = time.perf_counter()
             state, losses = jax.block_until_ready(train(state, *self.train, plan))
@@ -277,7 +281,7 @@ class Trainer:
             times.append(time.perf_counter() - start)
         return state, np.asarray(losses, np.float32), float(np.median(times))
 
-    def _accuracy(self, state: State, batches: list[tuple[Split, int]]) -> float:
+    def _measure_accuracy(self, state: State, batches: list[tuple[Split, int]]) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         correct, of = 0, 0
         for batch, n in batches:
@@ -286,7 +290,7 @@ class Trainer:
         return 100 * int(correct) / of
 
 
-def steps_per_epoch(data: Dataset, batch_size: int) -> int:
+def count_steps(data: Dataset, batch_size: int) -> int:
     n = len(data.train.labels)
     if n < batch_size:
         raise DataError(
@@ -295,7 +299,7 @@ def steps_per_epoch(data: Dataset, batch_size: int) -> int:
     return n // batch_size
 
 
-def _batches(split: Split, sharding: NamedSharding) -> list[tuple[Split, int]]:
+def _make_batches(split: Split, sharding: NamedSharding) -> list[tuple[Split, int]]:
     """Batches of one size, so that evaluation compiles once, and how many images each has.
 
     What fills up the last one has label -1, which is never right.
@@ -316,9 +320,9 @@ def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _num_elements(tree: Any) -> int:
+def _count_elements(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _num_bytes(tree: Any) -> int:
+def _count_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
