@@ -6,24 +6,24 @@ Trains what is missing in OUT, skips what is there, goes on from the last checkp
 interrupted, and prints the table. Several processes or machines may share OUT.
 """
 
+import argparse
 import functools
 import logging
 import math
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cli import Parser, add_dtype, at_least, to_one_line
-from benchmarks.reporting import figures, report
+from benchmarks.reporting import comparison, figures, report
 from benchmarks.reporting.progress import Overall
-from benchmarks.reporting.published import TABLE2
+from benchmarks.runs.plan import Setting, Sweep
 from benchmarks.runs.store import Job, Store, SweepError
 from benchmarks.runs.workers import Deadline, announce, follow, work
 from benchmarks.training import recipes
@@ -38,7 +38,8 @@ from benchmarks.training.data import (
 )
 from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.models import ImageSizeError
-from benchmarks.training.trainer import Run, Trainer, count_steps
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import Trainer, count_steps
 
 SAVE_EVERY = 60.0  # seconds
 WARM_EPOCHS = 3
@@ -95,94 +96,82 @@ def make_parser() -> Parser:
     return parser
 
 
-class Sweep:
-    """The jobs of a command line, and what they have given so far."""
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, after those that training would stumble over later have ended the command."""
+    args = parser.parse_args(argv)
+    for name in ("columns", "methods"):  # each once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    parser.require_writable(args.out, args.out)
+    if args.distributed is not None:
+        join(parser, args.distributed)
+    check_devices(parser, args)
+    if args.seeds > recipes.GRID_SEED:
+        parser.error(f"--seeds {args.seeds}: at most {recipes.GRID_SEED}, the seed of the grid")
+    return args
 
-    def __init__(self, args: Any, store: Store, console: Console):
+
+def make_setting(args: argparse.Namespace) -> Setting:
+    return Setting(**{name: getattr(args, name) for name in Setting._fields})
+
+
+class Runner:
+    """Trains the jobs of a sweep and shows how far they are."""
+
+    def __init__(self, args: argparse.Namespace, store: Store, console: Console):
         self.args, self.store, self.console = args, store, console
         self.deadline = Deadline(args.stop_after)
 
-    def trainer(self, job: Job) -> Trainer:
+    def get_trainer(self, job: Job) -> Trainer:
         args = self.args
         return get_trainer(job, args.data_dir, args.devices, random=args.warm is not None)
 
-    def list_jobs(self, column: str) -> list[Job]:
-        """Every method's first seed, then every method's second: an interrupted table has all rows."""
-        chosen = self.choose(column)
-        return [
-            self._make_job(column, method, chosen[method], seed)
-            for seed in range(self.args.seeds)
-            for method in self.args.methods
-        ]
-
-    def list_grid_jobs(self, column: str) -> list[Job]:
-        return [
-            self._make_job(column, method, values, recipes.GRID_SEED)
-            for method in self.args.methods
-            for values in recipes.list_grid(method, rates=self.args.rates, decays=self.args.decays)
-        ]
-
-    def choose(self, column: str) -> dict[str, recipes.Hyperparameters]:
-        """By the grid, all of which has been run, or those of benchmarks/training/recipes.py."""
-        dataset, model, *_ = recipes.COLUMNS[column]
-        if not self.args.grid:
-            return {
-                method: recipes.get_hyperparameters(dataset, model, method)
-                for method in self.args.methods
-            }
-        found = {}
-        results = {job: self.store.read_result(job) for job in self.list_grid_jobs(column)}
-        for method in self.args.methods:
-            cells = [job for job, result in results.items() if result and job.method == method]
-            best = max(cells, key=lambda job: rank(results[job]))
-            found[method] = recipes.Hyperparameters(best.learning_rate, best.b2, best.weight_decay)
-        return found
-
-    def _make_job(
-        self, column: str, method: str, values: recipes.Hyperparameters, seed: int
-    ) -> Job:
-        args, about = self.args, recipes.COLUMNS[column]
-        epochs, images = args.epochs or about.epochs, args.images or about.images
-        return Job(column, method, *values, epochs, args.batch_size, images, args.dtype, seed)
-
     def run(self, jobs: Sequence[Job], *, wait: bool = False) -> bool:
-        """Whether there was time for all of them."""
+        """Returns whether there was time for all jobs."""
         missing = [job for job in jobs if self.store.read_result(job) is None]
+        if missing:
+            self.store.say(f"{len(jobs) - len(missing)} runs are there, {len(missing)} to be done")
 
-        def done() -> int:  # also by other processes
+        def count_done() -> int:
+            """Epochs of finished runs, those of other processes included."""
             return sum(job.epochs for job in jobs if self.store.holds(job))
 
-        overall = Overall(self.console, sum(job.epochs for job in jobs), done())
+        overall = Overall(self.console, sum(job.epochs for job in jobs), count_done())
 
         def show(job: Job, run: Run) -> None:
             epoch, text = len(run.train_loss), f"loss {run.train_loss[-1]:.4f}"
-            overall.update(_describe(job), text, epoch, job.epochs, done() + epoch)
+            overall.update(describe_job(job), text, epoch, job.epochs, count_done() + epoch)
 
-        def finished(job: Job, run: Run) -> None:
-            accuracies = "diverged"
-            if run.best_epoch is not None:
-                accuracies = f"validation {run.validation_accuracy[run.best_epoch]:.2f} %"
-            if run.selected_test_accuracy is not None:
-                accuracies += f", test {run.selected_test_accuracy:.2f} %"
-            speed = job.batch_size / statistics.median(run.step_time)
-            overall.report_finished(
-                f"{_describe(job)}: loss {run.train_loss[-1]:.4f}, {accuracies}, {speed:,.0f} images/s",
-                done(),
-            )
+        def finish(job: Job, run: Run) -> None:
+            overall.report_finished(f"{describe_job(job)}: {describe_run(job, run)}", count_done())
 
-        if missing:
-            self.store.say(f"{len(jobs) - len(missing)} runs are there, {len(missing)} to be done")
         with overall.bars:
             return work(
                 missing,
                 self.store,
-                trainer=self.trainer,
+                trainer=self.get_trainer,
                 save_every=self.args.save_every,
                 show=show,
-                finished=finished,
+                finished=finish,
                 wait=wait,
                 deadline=self.deadline,
             )
+
+
+def describe_job(job: Job) -> str:
+    return (
+        f"{job.column}, {OPTIMIZERS[job.method].label}, rate {job.learning_rate:g}, "
+        f"decay {job.weight_decay:g}, seed {job.seed}"
+    )
+
+
+def describe_run(job: Job, run: Run) -> str:
+    accuracies = "diverged"
+    if run.best_epoch is not None:
+        accuracies = f"validation {run.validation_accuracy[run.best_epoch]:.2f} %"
+    if run.selected_test_accuracy is not None:
+        accuracies += f", test {run.selected_test_accuracy:.2f} %"
+    speed = job.batch_size / statistics.median(run.step_time)
+    return f"loss {run.train_loss[-1]:.4f}, {accuracies}, {speed:,.0f} images/s"
 
 
 @functools.lru_cache(maxsize=1)
@@ -198,9 +187,9 @@ def load_training_data(
 def get_trainer(
     job: Job, data_dir: Path | None, devices: int | None, random: bool = False
 ) -> Trainer:
-    """Compiled once for all seeds, learning rates and decays of a method.
+    """A trainer that is compiled once for all seeds, learning rates and decays of a method.
 
-    Its batches are shared by the first `devices`; by default, by all of all processes.
+    The first `devices` share its batches; by default, all devices of all processes do.
     """
     any_value = dict.fromkeys(recipes.select_injected(job.values), 1.0)
     return _make_trainer(job._replace(seed=0, **any_value), data_dir, devices, random)
@@ -221,89 +210,24 @@ def _make_trainer(job: Job, data_dir: Path | None, devices: int | None, random: 
     )
 
 
-def warm_up(sweep: Sweep, column: str) -> dict[str, dict[str, Any]]:
-    """Compiles what the runs need, and times epochs of every method.
+def warm_up(sweep: Sweep, runner: Runner, column: str) -> dict[str, dict[str, Any]]:
+    """Compiles what the runs of a column need, and times epochs of every method.
 
-    A program knows of the images only how many there are: random ones fill the compilation cache too.
+    The images are random: a compiled program depends only on their number, so this fills the
+    compilation cache for the real ones.
     """
-    jobs = sweep.list_grid_jobs(column) if sweep.args.grid else sweep.list_jobs(column)
-    found = {}
+    jobs = sweep.list_grid_jobs(column) if sweep.setting.grid else sweep.list_jobs(column)
+    rows = {}
     for method, job in {job.method: job for job in reversed(jobs)}.items():
-        made = sweep.trainer(job)
-        times = made.time_epochs(sweep.args.warm_epochs)
-        images = made.steps * made.batch_size
+        trainer = runner.get_trainer(job)
+        times = trainer.time_epochs(runner.args.warm_epochs)
+        images = trainer.steps * trainer.batch_size
         seconds = statistics.median(end - start for start, end in times) if times else None
         speed = images / seconds if seconds else None
-        found[method] = {"images": images, "images_per_second": speed, "epochs": times}
-        print(
-            f"{column}, {method}: " + (f"{speed:,.0f} images/s" if speed else "compiled"),
-            flush=True,
-        )
-    return found
-
-
-def _describe(job: Job) -> str:
-    return (
-        f"{job.column}, {OPTIMIZERS[job.method].label}, rate {job.learning_rate:g}, "
-        f"decay {job.weight_decay:g}, seed {job.seed}"
-    )
-
-
-def rank(result: dict[str, Any] | None) -> tuple[float, float]:
-    assert result is not None
-    run = Run(**result["run"])
-    if run.diverged:
-        return -1.0, 0.0
-    return max(run.validation_accuracy), -run.train_loss[-1]
-
-
-def collect_results(store: Store, jobs: Sequence[Job]) -> list[report.Result]:
-    """One row per method, of the jobs that have finished."""
-    rows: dict[str, list[tuple[Job, Run]]] = {}
-    for job in jobs:
-        found = store.read_result(job)
-        if found:
-            rows.setdefault(job.method, []).append((job, Run(**found["run"])))
-    return [
-        report.Result(
-            name, OPTIMIZERS[name].label, row[0][0].learning_rate, 0.0, [r for _, r in row]
-        )
-        for name, row in rows.items()
-    ]
-
-
-def make_table(columns: Mapping[str, Sequence[report.Result]]) -> Table:
-    """Ours beside the paper's: mean and standard deviation of the test accuracy, and how many seeds."""
-    made = Table()
-    made.add_column("method", no_wrap=True)
-    for column in columns:
-        made.add_column(column, justify="right", no_wrap=True)
-        made.add_column("paper", justify="right", no_wrap=True)
-    found = {row.name for rows in columns.values() for row in rows}
-    for method in (name for name in OPTIMIZERS if name in found):
-        cells = []
-        for column, rows in columns.items():
-            ours = next((row for row in rows if row.name == method), None)
-            cells += [format_cell(ours), format_published(column, method)]
-        made.add_row(OPTIMIZERS[method].label, *cells)
-    return made
-
-
-def locate_figure(folder: Path, job: Job) -> Path:
-    return folder / f"{job.column.replace('/', '_')}_{job.setting}_training_loss.png"
-
-
-def format_cell(result: report.Result | None) -> str:
-    if result is None:
-        return "-"
-    found = result.test_accuracies
-    lost = sum(run.diverged for run in result.runs)
-    text = report.format_mean_std(found, 2) + (f" ({len(found)})" if found else "")
-    return f"{text}, {lost} diverged" if lost else text
-
-
-def format_published(column: str, method: str) -> str:
-    return "{:.2f} ± {:.2f}".format(*found) if (found := TABLE2.get((column, method))) else "-"
+        rows[method] = {"images": images, "images_per_second": speed, "epochs": times}
+        outcome = f"{speed:,.0f} images/s" if speed else "compiled"
+        print(f"{column}, {method}: {outcome}", flush=True)
+    return rows
 
 
 def join(parser: Parser, words: Sequence[str]) -> None:
@@ -327,15 +251,15 @@ def leave(status: int, message: str) -> NoReturn:
     raise SystemExit(status)
 
 
-def check(column: str, args: Any) -> str:
-    """The fingerprint of the data; raises DataError for what training would find out later."""
+def check_data(column: str, args: argparse.Namespace) -> str:
+    """Returns the data's fingerprint; raises the DataError that training would raise hours later."""
     about = recipes.COLUMNS[column]
     data = load_training_data(about.dataset, args.data_dir, args.images or about.images)
     count_steps(data, args.batch_size)
     return compute_fingerprint(data)
 
 
-def check_devices(parser: Parser, args: Any) -> None:
+def check_devices(parser: Parser, args: argparse.Namespace) -> None:
     found = jax.device_count()
     if args.devices and jax.process_count() > 1:
         parser.error("--devices: with --distributed, all devices share the work")
@@ -347,41 +271,65 @@ def check_devices(parser: Parser, args: Any) -> None:
         )
 
 
+def train(
+    sweep: Sweep, runner: Runner, columns: Sequence[str]
+) -> tuple[dict[str, list[Job]], bool]:
+    """The jobs of every column, and whether there was time for all; no jobs if the grid had no time."""
+    store = sweep.store
+    store.platform = jax.default_backend()
+    for column in columns:  # all columns, before hours of training
+        store.data[column] = check_data(column, runner.args)
+    if sweep.setting.grid:
+        grid_jobs = [job for column in columns for job in sweep.list_grid_jobs(column)]
+        # Waits for the cells of other processes, because the best of all cells decides what comes next.
+        if not runner.run(grid_jobs, wait=True):
+            return {}, False
+    jobs = {column: sweep.list_jobs(column) for column in columns}
+    in_time = runner.run([job for column in jobs.values() for job in column])
+    announce(None)
+    return jobs, in_time
+
+
+def print_table(sweep: Sweep, jobs: dict[str, list[Job]], in_time: bool) -> None:
+    """Prints the table of all finished runs and draws a figure for every column."""
+    console, store = Console(), sweep.store
+    results = {column: comparison.collect_results(store, of) for column, of in jobs.items()}
+    grid = sweep.setting.grid
+    source = (
+        "by the grid, on the validation images" if grid else "as in benchmarks/training/recipes.py"
+    )
+    console.print(f"Learning rates and weight decays {source}")
+    console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")
+    if any("svhn" in column for column in jobs):
+        console.print("(the paper's SVHN: validation accuracy)")
+    console.print(comparison.make_table(results))
+    unfinished = sum(store.read_result(job) is None for of in jobs.values() for job in of)
+    if unfinished:
+        why = "other processes have them" if in_time else "the time was up"
+        console.print(f"{unfinished} runs are not finished: {why}")
+    for column, rows in results.items():
+        if rows:
+            path = comparison.locate_figure(store.folder, jobs[column][0])
+            figures.draw_training_loss_twice(rows, column, path)
+            console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("columns", "methods"):  # each once
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    parser.require_writable(args.out, args.out)
-    if args.distributed is not None:
-        join(parser, args.distributed)
-    check_devices(parser, args)
-    if args.seeds > recipes.GRID_SEED:
-        parser.error(f"--seeds {args.seeds}: at most {recipes.GRID_SEED}, the seed of the grid")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # what Orbax warns of is said in one line
-    console, messages = Console(), Console(stderr=True)
+    args = parse(make_parser(), argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Store says in one line what Orbax warns of
+    messages = Console(stderr=True)
     store = Store(args.out, lambda line: messages.print(line, highlight=False, soft_wrap=True))
-    sweep = Sweep(args, store, messages)
+    sweep, runner = Sweep(make_setting(args), store), Runner(args, store, messages)
     try:
         if jax.process_index():
-            follow(store, sweep.trainer, args.save_every)
+            follow(store, runner.get_trainer, args.save_every)
             return 0
         if args.warm:
-            speeds = {column: warm_up(sweep, column) for column in args.columns}
+            speeds = {column: warm_up(sweep, runner, column) for column in args.columns}
             about = {"environment": report.describe_environment(), "columns": speeds}
             report.write_json(args.warm, about)
             return 0
-        store.platform = jax.default_backend()
-        for column in args.columns:  # all of them, before hours of training
-            store.data[column] = check(column, args)
-        if args.grid:
-            # All of it: what the table trains depends on it.
-            grid_jobs = [job for column in args.columns for job in sweep.list_grid_jobs(column)]
-            if not sweep.run(grid_jobs, wait=True):
-                return TRY_AGAIN
-        jobs = {column: sweep.list_jobs(column) for column in args.columns}
-        in_time = sweep.run([job for column in jobs.values() for job in column])
-        announce(None)
+        jobs, in_time = train(sweep, runner, args.columns)
     except (DataError, ImageSizeError, SweepError) as error:
         leave(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -390,26 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if jax.process_count() == 1:
             raise
         leave(1, f"error: another process is lost ({to_one_line(error)[:200]})")
-    found = {column: collect_results(store, of) for column, of in jobs.items()}
-    source = (
-        "by the grid, on the validation images"
-        if args.grid
-        else "as in benchmarks/training/recipes.py"
-    )
-    console.print(f"Learning rates and weight decays {source}")
-    console.print("Test accuracy in per cent, mean ± std (seeds); the paper: 5 seeds, 405 epochs")
-    if any("svhn" in column for column in args.columns):
-        console.print("(the paper's SVHN: validation accuracy)")
-    console.print(make_table(found))
-    unfinished = sum(store.read_result(job) is None for of in jobs.values() for job in of)
-    if unfinished:
-        why = "other processes have them" if in_time else "the time was up"
-        console.print(f"{unfinished} runs are not finished: {why}")
-    for column, rows in found.items():
-        if rows:
-            path = locate_figure(args.out, jobs[column][0])
-            figures.draw_training_loss_twice(rows, column, path)
-            console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    if jobs:
+        print_table(sweep, jobs, in_time)
     return 0 if in_time else TRY_AGAIN
 
 

@@ -21,7 +21,8 @@ from benchmarks.training.build import make_trainer
 from benchmarks.training.data import SOURCES, DataError, load
 from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.models import MODELS, ImageSizeError
-from benchmarks.training.trainer import Run, Trainer
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import Trainer
 
 
 def make_parser() -> Parser:

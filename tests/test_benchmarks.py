@@ -24,7 +24,8 @@ from benchmarks.training.augment import normalize, random_crop_and_flip
 from benchmarks.training.build import find_filter_spheres
 from benchmarks.training.methods import OPTIMIZERS, make_optimizer
 from benchmarks.training.normalization import BatchNorm
-from benchmarks.training.trainer import Run, Trainer
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import Trainer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -18,18 +18,19 @@ import filelock
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy import stats
 
 from benchmarks import readme, table2
-from benchmarks.reporting import claims, report
+from benchmarks.reporting import claims, report, studies
 from benchmarks.reporting.published import TABLE2
 from benchmarks.runs import store as storing
 from benchmarks.runs import workers
+from benchmarks.runs.plan import Sweep
 from benchmarks.training import models, recipes
 from benchmarks.training.data import load
 from benchmarks.training.methods import OPTIMIZERS
-from benchmarks.training.trainer import Run, Trainer
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import Trainer
 
 KILLS = int(os.environ.get("KILLS", "3"))
 TINY = """
@@ -307,7 +308,7 @@ def test_unreadable_data(tmp_path, capsys, monkeypatch):
 def test_what_another_process_has_is_left_to_it(tmp_path, capsys):
     store = storing.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path))
-    job = table2.Sweep(args, store, Console()).list_jobs("digits/tiny")[0]
+    job = Sweep(table2.make_setting(args), store).list_jobs("digits/tiny")[0]
     path = tmp_path / "locks" / f"{job.name}.lock"
     path.parent.mkdir(parents=True)
     with filelock.FileLock(path):
@@ -321,7 +322,7 @@ def test_the_grid_waits_for_its_last_cell(tmp_path, monkeypatch):
     """What another process gives up is taken over; before that, nothing of the table is trained."""
     store = storing.Store(tmp_path, print)
     args = table2.make_parser().parse_args(arguments(tmp_path, methods=["sgd"], seeds=1))
-    cell = table2.Sweep(args, store, Console()).list_grid_jobs("digits/tiny")[2]
+    cell = Sweep(table2.make_setting(args), store).list_grid_jobs("digits/tiny")[2]
     path = tmp_path / "locks" / f"{cell.name}.lock"
     path.parent.mkdir(parents=True)
     lock = filelock.FileLock(path)
@@ -527,7 +528,7 @@ def test_the_page_of_the_results(tmp_path):
     methods = ["adam", "adamst", "sgd"]
     assert table2.main(arguments(tmp_path, "--grid", methods=methods)) == 0
     assert table2.main(arguments(tmp_path, "--epochs", 1, methods=["sgd"], seeds=1)) == 0
-    one, four = readme.list_studies(tmp_path)
+    one, four = studies.list_studies(tmp_path)
     assert one.title == "digits/tiny: 50 training images, 1 epochs, batches of 16, float32"
     assert len(one.jobs) == 1
     assert not one.grid
@@ -536,7 +537,7 @@ def test_the_page_of_the_results(tmp_path):
         " --seeds 2 --epochs 4 --images 50 --batch-size 16 --dtype float32 --grid" in four.command
     )
     best = {job.method: (job.learning_rate, job.weight_decay) for job in four.jobs}
-    rows = readme.make_accuracy_table(four).splitlines()[2:]
+    rows = studies.make_accuracy_table(four).splitlines()[2:]
     assert len(rows) == 3
     for row, method in zip(rows, methods, strict=True):
         rate, decay = best[method]
@@ -546,11 +547,11 @@ def test_the_page_of_the_results(tmp_path):
         label = OPTIMIZERS[method].label
         assert row.startswith(f"| {label} | {rate:g} | {decay:g} | {np.mean(accuracies):.2f} ± ")
         assert " (2) | " in row
-    grid = readme.make_grid_table(four).splitlines()
+    grid = studies.make_grid_table(four).splitlines()
     assert [line.count("**") for line in grid] == [0, 0, 2, 2, 2]
-    assert "36 runs" in readme.describe_cost(four)
+    assert "36 runs" in studies.describe_cost(four)
     assert (
-        readme.make_claims_table(four).count("\n") == 1 + 3
+        studies.make_claims_table(four).count("\n") == 1 + 3
     )  # AdamST and Adam: accuracy, speed twice
     with pytest.raises(SystemExit, match="0 places for the section table2"):
         readme.render(next(iter(readme.PAGES)), "no markers")

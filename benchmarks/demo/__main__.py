@@ -26,7 +26,8 @@ from benchmarks.training.build import find_filter_spheres
 from benchmarks.training.data import load
 from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.recipes import PAPER_METHODS
-from benchmarks.training.trainer import Run, State, Trainer
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import State, Trainer
 
 SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[2]

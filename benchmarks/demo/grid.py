@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.demo.recipe import RECIPE, make_trainer
 from benchmarks.reporting import report
 from benchmarks.reporting.progress import show_progress
+from benchmarks.training import recipes
 from benchmarks.training.data import load
-from benchmarks.training.recipes import PAPER_METHODS
-from benchmarks.training.trainer import Run
+from benchmarks.training.run import Run
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SEEDS = (100, 101, 102)
@@ -24,16 +24,16 @@ PATH = Path(__file__).parents[1] / "results" / "demo_grid.json"
 def search() -> dict[str, float]:
     """Runs every cell, writes them all to `PATH` and returns the rate chosen for each method."""
     data = load("digits")
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in PAPER_METHODS}
-    with show_progress(len(PAPER_METHODS) * len(RATES)) as advance:
-        for name in PAPER_METHODS:
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes.PAPER_METHODS}
+    with show_progress(len(recipes.PAPER_METHODS) * len(RATES)) as advance:
+        for name in recipes.PAPER_METHODS:
             for rate in RATES:
                 trainer = make_trainer(name, rate, data)
                 runs = [trainer.run(seed, RECIPE.epochs) for seed in SEEDS]
                 cells[name].append(_summarize_cell(rate, runs))
                 accuracy = cells[name][-1]["mean_validation_accuracy"]
                 advance(f"{name} at {rate:g}: validation {accuracy:.2f} %")
-    chosen = {name: choose_rate(cells[name]) for name in PAPER_METHODS}
+    chosen = {name: choose_rate(cells[name]) for name in recipes.PAPER_METHODS}
     content = {
         "command": "python -m benchmarks.demo --grid",
         "criterion": "highest mean validation accuracy, then lowest mean training loss",
@@ -49,10 +49,10 @@ def search() -> dict[str, float]:
 
 
 def choose_rate(cells: list[dict[str, Any]]) -> float:
-    def merit(cell: dict[str, Any]) -> tuple[float, float]:
-        return cell["mean_validation_accuracy"], -cell["mean_train_loss"]
+    def rank(cell: dict[str, Any]) -> tuple[float, float]:
+        return recipes.rank(cell["mean_validation_accuracy"], cell["mean_train_loss"])
 
-    return max((cell for cell in cells if not cell["diverged"]), key=merit)["learning_rate"]
+    return max((cell for cell in cells if not cell["diverged"]), key=rank)["learning_rate"]
 
 
 def read_chosen_rates() -> dict[str, float]:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.training import recipes
 from benchmarks.training.methods import OPTIMIZERS
-from benchmarks.training.trainer import Run
+from benchmarks.training.run import Run
 
 CONFIDENCE = 0.95
 SMALLEST = 1e-12  # a loss can be 0

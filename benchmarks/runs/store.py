@@ -27,7 +27,8 @@ import orbax.checkpoint as ocp
 from benchmarks.cli import to_one_line
 from benchmarks.reporting import report
 from benchmarks.training import recipes
-from benchmarks.training.trainer import Run, State
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import State
 
 KEPT = 2  # the last checkpoint, and one before it
 

@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 
 from benchmarks.runs.store import Job, Store
 from benchmarks.training import recipes
-from benchmarks.training.trainer import Run, State, Trainer
+from benchmarks.training.run import Run
+from benchmarks.training.trainer import State, Trainer
 
 POLL = 2.0  # seconds
 ANNOUNCEMENT = 1024  # bytes, enough for any job

@@ -12,7 +12,6 @@ the same, but for rounding, on any number of devices.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.training.augment import normalize, random_crop_and_flip
 from benchmarks.training.data import DataError, Dataset, Source, Split
+from benchmarks.training.run import Run
 
 EVALUATION_BATCH = 400
 
@@ -42,30 +42,6 @@ class Plan(NamedTuple):
 
     indices: jax.Array  # (steps, batch)
     keys: jax.Array  # (steps,)
-
-
-@dataclass
-class Run:
-    """What one seed gave, epoch by epoch; accuracies in per cent, times in seconds."""
-
-    seed: int
-    train_loss: list[float] = field(default_factory=list)
-    validation_accuracy: list[float] = field(default_factory=list)
-    test_accuracy: list[float | None] = field(default_factory=list)  # None: not looked at
-    step_time: list[float] = field(default_factory=list)
-    diverged: bool = False
-
-    @property
-    def best_epoch(self) -> int | None:
-        """The first with the best validation accuracy; None if the run diverged."""
-        if self.diverged or not self.validation_accuracy:
-            return None
-        return self.validation_accuracy.index(max(self.validation_accuracy))
-
-    @property
-    def selected_test_accuracy(self) -> float | None:
-        """That of the best validation epoch."""
-        return None if self.best_epoch is None else self.test_accuracy[self.best_epoch]
 
 
 # Runs once a seed: compiling matters more, and without LLVM's optimisation takes a sixth of the time.
@@ -138,10 +114,11 @@ class Trainer:
         self.validation = _make_batches(data.validation, self.sharded)
         self.test = _make_batches(data.test, self.sharded)
         self._init_tx = jax.jit(tx.init, out_shardings=self.replicated)
+
+    @cached_property
+    def state_bytes_per_parameter(self) -> float:
         shapes = self.get_shapes()
-        self.state_bytes_per_parameter = _count_bytes(shapes.opt_state) / _count_elements(
-            shapes.params
-        )
+        return _count_bytes(shapes.opt_state) / _count_elements(shapes.params)
 
     @cached_property
     def _train(self) -> Any:
