@@ -18,7 +18,7 @@ PARAMS = {
 }
 
 
-# They may ignore what they do not need.
+# These may ignore spheres, because they do not need them.
 NO_SPHERES = ("adam", "sgd", "sgd_momentum", "adamp_guess", "sgdp_guess")
 
 
@@ -119,48 +119,47 @@ BAD = {
 }
 
 
+def _check(what, use):
+    make, names = BAD[what]
+    with pytest.raises(ValueError, match=_all_of(names)):
+        use(make())
+
+
 @pytest.mark.parametrize("what", BAD)
-class TestValidation:
-    def _check(self, what, function):
-        make, names = BAD[what]
-        spheres = make()
-        with pytest.raises(ValueError, match=_all_of(names)):
-            function(spheres)
+def test_spheres_that_do_not_fit(what):
+    """The message of every mistake; one function of the package writes all of them."""
+    _check(what, lambda spheres: so.geometry.norm(_params(), spheres))
 
-    def test_geometry(self, what):
-        self._check(what, lambda spheres: so.geometry.norm(_params(), spheres))
 
-    def test_geometry_of_two_trees(self, what):
-        params = _params()
-        self._check(what, lambda spheres: so.geometry.project(params, params, spheres))
+# Whoever takes spheres -> how they are used. Transformations have to raise in `init` already.
+USERS = {
+    "geometry of one tree": lambda s: so.geometry.norm(_params(), s),
+    "geometry of two trees": lambda s: so.geometry.project(_params(), _params(), s),
+    "spheres as a callable": lambda s: so.adamsrt(0.01, lambda params: s).init(_params()),
+    "ema": lambda s: so.ema(0.9, s, transport=True).init(_params()),
+    "trace": lambda s: so.trace(0.9, s, transport=True, rescale=True).init(_params()),
+    "rms": lambda s: so.rms(0.9, spheres=s).init(_params()),
+    "project": lambda s: so.project(s).init(_params()),
+    "normalize": lambda s: so.normalize(s).init(_params()),
+    "retract": lambda s: so.retract(s).init(_params()),
+} | {
+    f"{name}, an optimizer": lambda s, row=row: row(0.01, s).init(_params())
+    for name, row in TABLE.items()
+    if name not in NO_SPHERES
+}
 
-    @pytest.mark.parametrize("name", [name for name in TABLE if name not in NO_SPHERES])
-    def test_optimizer(self, what, name):
-        self._check(what, lambda spheres: TABLE[name](0.01, spheres).init(_params()))
 
-    def test_callable(self, what):
-        self._check(what, lambda s: so.adamsrt(0.01, lambda params: s).init(_params()))
-
-    @pytest.mark.parametrize(
-        "block",
-        [
-            lambda s: so.ema(0.9, s, transport=True),
-            lambda s: so.trace(0.9, s, transport=True, rescale=True),
-            lambda s: so.rms(0.9, spheres=s),
-            lambda s: so.project(s),
-            lambda s: so.normalize(s),
-            lambda s: so.retract(s),
-        ],
-        ids=["ema", "trace", "rms", "project", "normalize", "retract"],
-    )
-    def test_block(self, what, block):
-        """At init, or at the latest at the first update."""
-
-        def use(spheres):
-            tx, params = block(spheres), _params()
-            tx.update(params, tx.init(params), params)
-
-        self._check(what, use)
+@pytest.mark.parametrize("user", USERS)
+def test_every_user_of_spheres_checks_them(user):
+    """One mistake of each kind: in a spec, in a tie, in a leaf, and in the structure of the tree."""
+    for what in (
+        "axis too large",
+        "a tie of different numbers of blocks",
+        "a mask",
+        "a missing leaf",
+        "a leaf too many",
+    ):
+        _check(what, USERS[user])
 
 
 @pytest.mark.parametrize(
