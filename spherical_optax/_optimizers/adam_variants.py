@@ -20,7 +20,7 @@ from spherical_optax._transforms.constraints import retract
 from spherical_optax._transforms.momentum import Ema, ema
 from spherical_optax._transforms.quotient import quotient, quotient_on_spheres
 from spherical_optax._transforms.second_moment import Rms, rms
-from spherical_optax._transforms.weight_decay import decay_off
+from spherical_optax._transforms.weight_decay import add_decay_off_spheres
 
 Scalar = optax.ScalarOrSchedule
 Transformation = optax.GradientTransformationExtraArgs
@@ -255,7 +255,7 @@ def adamg(
     a = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
     b = rms(b2, eps, spheres, reduce="sum")
     return optax.chain(
-        decay_off(spheres, weight_decay),
+        add_decay_off_spheres(spheres, weight_decay),
         quotient(a, b),
         optax.scale_by_learning_rate(learning_rate),
         retract(spheres, 1.0),

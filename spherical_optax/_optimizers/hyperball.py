@@ -16,7 +16,7 @@ from spherical_optax._transforms.constraints import normalize, retract
 from spherical_optax._transforms.momentum import ema
 from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
-from spherical_optax._transforms.weight_decay import decay_off
+from spherical_optax._transforms.weight_decay import add_decay_off_spheres
 
 Scalar = optax.ScalarOrSchedule
 Radius = jax.typing.ArrayLike | Literal["current", "initial"]
@@ -114,7 +114,7 @@ def adamh(
 
     Source: Wen et al. (2026), as in `hyperball`.
     """
-    inner = optax.chain(_adam(b1, b2, eps, mu_dtype), decay_off(spheres, weight_decay))
+    inner = optax.chain(_adam(b1, b2, eps, mu_dtype), add_decay_off_spheres(spheres, weight_decay))
     return hyperball(inner, learning_rate, spheres, radius)
 
 
@@ -189,7 +189,7 @@ def muonh(
         return by_shape(require_params(params)).update(updates, state, params, **extra_args)
 
     directions = optax.GradientTransformationExtraArgs(init, update)
-    inner = optax.chain(directions, decay_off(spheres, weight_decay))
+    inner = optax.chain(directions, add_decay_off_spheres(spheres, weight_decay))
     return hyperball(inner, learning_rate, spheres, radius)
 
 

@@ -1,4 +1,7 @@
-"""Transformations that keep updates, or the point after them, where the spheres are."""
+"""Transformations that keep the updates tangent to the spheres, or the parameters on them.
+
+Notation: x parameters of one group, r = ||x|| their radius, u = x / r, q the update of the group.
+"""
 
 import functools
 from collections.abc import Callable
@@ -23,12 +26,15 @@ from spherical_optax._core.trees import cast_like
 def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
     """Removes the radial part of the updates: q_perp = q - <q, u> u on every sphere.
 
+    Use this when a chain of your own should take tangential steps: the radial part of a step changes
+    the radius, and thereby later effective learning rates, but not the function of the network.
+
     Args:
       spheres: how the leaves split into groups.
 
     Returns:
-      A stateless `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of
-      one coordinate and where the parameters are zero, updates stay.
+      A stateless `GradientTransformationExtraArgs` that needs `params`. It leaves updates unchanged off
+      the spheres, in groups of one coordinate, and where the parameters are zero.
 
     Raises:
       ValueError: if `spheres` does not fit; in `update`, if `params` is missing.
@@ -48,20 +54,20 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         groups = match(spheres, updates).with_tangent_space()
         return cast_like(geometry.project(require_params(params), updates, groups), params), state
 
-    return optax.GradientTransformationExtraArgs(_checks(spheres), update)
+    return optax.GradientTransformationExtraArgs(_make_checking_init(spheres), update)
 
 
 def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
     """Scales the updates of each sphere to the length of its radius: q <- r q / ||q||.
 
-    Followed by a learning rate, every group then moves by the same fraction of its radius.
+    Use this when the learning rate should be the fraction of its radius by which every group moves.
 
     Args:
       spheres: how the leaves split into groups.
 
     Returns:
-      A stateless `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of
-      one coordinate, and where the parameters or the updates are zero, updates stay.
+      A stateless `GradientTransformationExtraArgs` that needs `params`. It leaves updates unchanged off
+      the spheres, in groups of one coordinate, and where the parameters or the updates are zero.
 
     Raises:
       ValueError: if `spheres` does not fit; in `update`, if `params` is missing.
@@ -73,7 +79,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
     {'kernel': Array([[1.2],
            [1.6]], dtype=float32)}
 
-    Source: the update of "hyperball" optimizers, r q / ||q||.
+    Source: the update of "hyperball" optimizers, r q / ||q|| (see `hyperball`).
     """
 
     def update(updates, state, params=None, **extra_args):
@@ -86,11 +92,11 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         )
         return cast_like(geometry.scale(updates, factor, groups), params), state
 
-    return optax.GradientTransformationExtraArgs(_checks(spheres), update)
+    return optax.GradientTransformationExtraArgs(_make_checking_init(spheres), update)
 
 
-def _checks(spheres: Spheres) -> Callable[..., Any]:
-    """Nothing to keep, but what does not fit is said at once."""
+def _make_checking_init(spheres: Spheres) -> Callable[..., Any]:
+    """Makes an `init` that keeps no state: it only checks that `spheres` fits the parameters."""
 
     def init(params):
         match(spheres, params)
@@ -110,22 +116,23 @@ class RetractState(NamedTuple):
 def retract(
     spheres: Spheres, radius: jax.typing.ArrayLike | Literal["current", "initial"] = "current"
 ) -> optax.GradientTransformationExtraArgs:
-    """Changes the updates so that the point after `apply_updates` has the wanted radius.
+    """Changes the updates so that the parameters have radius R after `apply_updates`.
 
-    x + q <- R (x + q) / ||x + q||, so it belongs at the end of a chain, after the learning rate.
+    Use this when weights should stay on spheres of fixed radius. It belongs at the end of a chain, after
+    the learning rate: x + q <- R (x + q) / ||x + q||.
 
     Args:
       spheres: how the leaves split into groups.
-      radius: R. "current" keeps whatever the radius is before the step; "initial" the radius at `init`,
-        kept in the state, which does not drift in low precision; or a number.
+      radius: R. "current" is the radius before the step. "initial" is the radius at `init`: the state
+        holds it, and it does not drift in low precision. A number is one radius for all groups.
 
     Returns:
-      A `GradientTransformationExtraArgs` that needs `params`. Off the spheres, in groups of one
-      coordinate, and where x, x + q or R is zero, updates stay.
+      A `GradientTransformationExtraArgs` that needs `params`. It leaves updates unchanged off the
+      spheres, in groups of one coordinate, and where x, x + q or R is zero.
 
     Raises:
-      ValueError: if `radius` is none of these, if `spheres` does not fit; in `update`, if `params` is
-        missing.
+      ValueError: if `radius` is neither of the two words nor a positive number, or `spheres` does not
+        fit the parameters; in `update`, if `params` is missing.
 
     >>> tx = optax.chain(optax.sgd(1.0), so.retract(so.Sphere(), 1.0))
     >>> params = {"kernel": jnp.array([[1.0], [0.0]])}
@@ -153,18 +160,18 @@ def retract(
         groups = match(spheres, updates).with_tangent_space()
         wanted: Any = None if isinstance(radius, str) else radius
         if keep:
-            # Zero-initialised filters keep the first radius that they get.
+            # A filter that starts at zero has no initial radius: it keeps its first radius above zero.
             wanted = groups.map_per_group(
                 lambda kept, now: jnp.where(is_zero(kept), now, kept),
                 state.kept,
                 geometry.norm(require_params(params), groups),
             )
             state = RetractState(groups.as_state(wanted, state.kept))
-        # In at least float32 until the very end: a step in low precision rounds once.
+        # The target is computed in at least float32: a step in low precision is then rounded once.
         point = jax.tree.map(upcast, require_params(params))
         target = geometry.retract(point, updates, groups, wanted)
         if wanted is not None:
-            target = _against_rounding(target, params, groups)
+            target = _compensate_rounding(target, params, groups)
         step = groups.map(lambda x, q, y: y - x, params, updates, target, off=lambda x, q, _: q)
         return cast_like(step, params), state
 
@@ -179,38 +186,44 @@ def _is_radius(radius: Any) -> bool:
     return isinstance(radius, Tracer) or 0 < float(radius) < float("inf")
 
 
-def _against_rounding(target: Any, params: Any, groups: Groups) -> Any:
-    """Scales the target for what low precision will make of it, where that brings it nearer.
+def _compensate_rounding(target: Any, params: Any, groups: Groups) -> Any:
+    """Rescales the target such that its rounded image has the wanted radius.
 
-    A small change of the radius is less than half a unit in the last place of every coordinate. If
-    all of them round it away the radius drifts: in bfloat16 by more than 1e-3.
+    bfloat16 rounds a small change of the radius away in every coordinate, if the change is less than
+    half a unit in the last place, and the radius drifts by more than 1e-3. We therefore simulate the
+    rounded point, rescale the target by the error of its radius, and keep the new target only in groups
+    where its rounded radius is closer.
     """
-
-    def coarse(x):
-        dtype = jnp.result_type(x)
-        return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-
-    if not any(map(coarse, jax.tree.leaves(params))):
+    if not any(map(_is_low_precision, jax.tree.leaves(params))):
         return target
 
-    def landed(x, y):
-        """x + (y - x) as `optax.apply_updates` adds in the dtype of x; no compiler may skip this."""
-        if not coarse(x):
-            return y
-        kind = jnp.finfo(x.dtype)
-        rounded = functools.partial(
-            jax.lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=kind.nmant
-        )
-        return rounded(upcast(x) + rounded(y - upcast(x)))
+    def measure_rounded(tree):
+        return geometry.norm(jax.tree.map(_simulate_step, params, tree), groups)
 
-    def length(tree):
-        return geometry.norm(jax.tree.map(landed, params, tree), groups)
+    def keep_if_closer(wanted, before, after, factor):
+        return jnp.where(jnp.abs(after - wanted) < jnp.abs(before - wanted), factor, 1.0)
 
-    goal, first = geometry.norm(target, groups), length(target)
-    factor = groups.map_per_group(divide_or_one, goal, first)
-    second = length(geometry.scale(target, factor, groups))
-    factor = groups.map_per_group(
-        lambda r, a, b, f: jnp.where(jnp.abs(b - r) < jnp.abs(a - r), f, 1.0),
-        *(goal, first, second, factor),
-    )
+    wanted, before = geometry.norm(target, groups), measure_rounded(target)
+    factor = groups.map_per_group(divide_or_one, wanted, before)
+    after = measure_rounded(geometry.scale(target, factor, groups))
+    factor = groups.map_per_group(keep_if_closer, wanted, before, after, factor)
     return geometry.scale(target, factor, groups)
+
+
+def _is_low_precision(x: Any) -> bool:
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+
+
+def _simulate_step(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + (y - x) as `optax.apply_updates` rounds it in the dtype of x.
+
+    `reduce_precision` stands in for casts, because compilers may skip a cast down and up again.
+    """
+    if not _is_low_precision(x):
+        return y
+    kind = jnp.finfo(x.dtype)
+    round_to_dtype = functools.partial(
+        jax.lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=kind.nmant
+    )
+    return round_to_dtype(upcast(x) + round_to_dtype(y - upcast(x)))

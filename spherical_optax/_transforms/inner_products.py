@@ -1,4 +1,4 @@
-"""Inner products within groups that an update step needs, each of them computed once."""
+"""The inner products within groups that an update step needs: each is computed once."""
 
 from collections.abc import Set
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,10 @@ from spherical_optax._core.sphere import Spheres
 
 
 class InnerProducts(NamedTuple):
-    """Group-sized trees, None where no equation asks for one: g gradient, m momentum, x parameters."""
+    """Inner products of gradient g, momentum m and parameters x: one number per group.
+
+    Every field is a group-sized tree, or None if no equation of the step needs it.
+    """
 
     gg: Any = None  # <g, g>
     gx: Any = None  # <g, x>
@@ -24,7 +27,7 @@ class InnerProducts(NamedTuple):
 def compute_inner_products(
     names: Set[str], groups: Groups, *, g: Any, x: Any, m: Any = None
 ) -> InnerProducts:
-    """The inner products of these names, such as {"gg", "gx"}."""
+    """Computes the inner products with these names, such as {"gg", "gx"}."""
     if any("x" in name for name in names):
         x = require_params(x)
     trees = {"g": g, "m": m, "x": x}
@@ -34,17 +37,22 @@ def compute_inner_products(
 
 
 class Block(Protocol):
-    """A transformation that is given its inner products: `Ema`, `Rms`."""
+    """A transformation that takes its inner products as an argument: `Ema` or `Rms`.
+
+    Two blocks on the same spheres can thereby share them.
+    """
 
     @property
     def spheres(self) -> Spheres: ...
 
     @property
     def inner_products(self) -> Set[str]:
-        """The names of those that `update` needs."""
+        """The names of the inner products that `update` needs."""
         ...
 
-    def get_momentum(self, state: Any) -> Any: ...
+    def get_momentum(self, state: Any) -> Any:
+        """The tree m of the inner products, or None if none of them contains m."""
+        ...
 
     def init(self, params: Any) -> Any: ...
 
@@ -54,7 +62,7 @@ class Block(Protocol):
 
 
 def to_transformation(block: Block) -> optax.GradientTransformationExtraArgs:
-    """The block by itself, which computes its own inner products."""
+    """Makes an Optax transformation that computes the inner products of its block itself."""
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -1,7 +1,8 @@
-r"""Momentum that follows its spheres: the `a` of x <- x - eta a / b [3].
+r"""Momentum that follows its spheres: the numerator a of x <- x - eta a / b, equation [3].
 
-Arrays off the spheres, and groups of one coordinate, are averaged element-wise, exactly as in Optax.
-Updates come back in the dtype of the parameters.
+Gamma is the parallel transport of a tangent vector along the great circle from the last point to the
+present one. Arrays off the spheres, and groups of one coordinate, are averaged element-wise, exactly as
+in Optax. Updates have the dtype of the parameters.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ class EmaState(NamedTuple):
 
     count: jax.typing.ArrayLike  # steps taken, int32
     ema: optax.Updates
-    kept: Any  # None, or per group: <m, u> (transport alone) or r (rescale alone)
+    kept: Any  # one number per group: <m, u> with transport alone, r with rescale alone; or None
 
 
 class TraceState(NamedTuple):
@@ -72,34 +73,39 @@ def ema(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Exponential moving average that follows its spheres.
 
-    m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + (1 - decay) (g_k + lambda x_k), and what comes out is
-    m_k / (1 - decay^{k+1}) [19]. Gamma, the parallel transport of the tangential part from the last
-    point to this one, is there with `transport`, the ratio of radii with `rescale`.
+    Use this when a chain of your own should average gradients on spheres.
 
-    No parameters are stored: where the step is a multiple of m in each group (and the point may besides
-    be scaled, by decoupled decay or retraction), both points and m lie in one plane, in which transport
+    m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + (1 - decay) (g_k + lambda x_k)             [19]
+
+    The output is m_k / (1 - decay^{k+1}). `transport` applies Gamma, the parallel transport of the
+    tangential part from the last point to this one; `rescale` applies the ratio of radii.
+
+    The state holds no old parameters. If the step is a multiple of m in each group (decoupled decay or
+    a retraction may also scale the point), both points and m lie in one plane. In this plane, transport
     followed by the ratio *is* the projection of m on the tangent space at the new point. Without the
-    ratio, the projection gets back the length of the tangential part, as Gamma is an isometry. After a
-    step that leaves the plane (an element-wise division) it is a vector transport by projection instead.
+    ratio, we give the projection the length of the old tangential part, because Gamma is an isometry.
+    After a step that leaves the plane (an element-wise division), the result is a vector transport by
+    projection instead.
 
     Args:
       decay: rate of decay.
       spheres: how the leaves split into groups; used only by `transport` and `rescale`.
       transport: move the average to the tangent space of the present point; needs `params`.
-      rescale: multiply it by the ratio of the radii; needs `params`.
-      weight_decay: lambda of the L2 term, a number or a schedule; needs `params`. The same as
-        `optax.add_decayed_weights` before, but g + lambda x never takes memory.
-      debias: divide by 1 - decay^{k+1}.
-      nesterov: decay m_k + (1 - decay) (g_k + lambda x_k) comes out in place of m_k.
+      rescale: multiply it by the ratio of the radii; needs `params`. Without `transport`, for
+        experiments.
+      weight_decay: lambda of the L2 term, a number or a schedule; needs `params`. The numbers are those
+        of `optax.add_decayed_weights` in front, but g + lambda x takes no memory.
+      debias: divide by 1 - decay^{k+1}; False is for experiments.
+      nesterov: output decay m_k + (1 - decay) (g_k + lambda x_k) in place of m_k.
       accumulator_dtype: dtype of the average; None takes the parameters'.
 
     Returns:
-      A `GradientTransformationExtraArgs`. State: the average, and with exactly one of `transport` and
-      `rescale` one number per group.
+      A `GradientTransformationExtraArgs`. State: the average in the shape of the parameters, and one
+      number per group if exactly one of `transport` and `rescale` is set.
 
     Raises:
-      ValueError: if `decay` is a schedule, in `init` and `update` if `spheres` does not fit, in
-        `update` if `params` is missing and needed.
+      ValueError: if `decay` is a schedule; in `init` and `update`, if `spheres` does not fit the
+        parameters; in `update`, if `params` is missing and needed.
 
     >>> tx = optax.chain(so.ema(0.9, so.Sphere(), transport=True, rescale=True), optax.scale(-0.1))
     >>> params = {"kernel": jnp.ones((4, 2))}
@@ -107,7 +113,8 @@ def ema(
     >>> updates["kernel"].shape
     (4, 2)
 
-    Source: [19]; the radial part of m is dropped, as in the authors' released code.
+    Source: equation [19] of the paper. As in the authors' released code, transport drops the radial part
+    of m.
     """
     return to_transformation(
         Ema(
@@ -134,23 +141,28 @@ def trace(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sum of past updates that follows its spheres: heavy-ball momentum.
 
-    m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + g_k: [6] with the transport and the ratio of [19]. See
-    `ema` for what they mean and why no parameters are stored.
+    Use this when a chain of your own should have the momentum of SGD on spheres.
+
+    m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + g_k
+
+    This is equation [6] with the transport and the ratio of equation [19]. `ema` explains both, and why
+    the state holds no old parameters.
 
     Args:
       decay: rate of decay (the momentum).
       spheres: how the leaves split into groups; used only by `transport` and `rescale`.
       transport: move the sum to the tangent space of the present point; needs `params`.
-      rescale: multiply it by the ratio of the radii; needs `params`.
-      nesterov: g_k + decay m_k comes out in place of m_k.
+      rescale: multiply it by the ratio of the radii; needs `params`. Without `transport`, for
+        experiments.
+      nesterov: output g_k + decay m_k in place of m_k.
       accumulator_dtype: dtype of the sum; None takes the parameters'.
 
     Returns:
-      A `GradientTransformationExtraArgs`. State as that of `ema`, without the count.
+      A `GradientTransformationExtraArgs`. State: that of `ema` without the count.
 
     Raises:
-      ValueError: if `decay` is a schedule, in `init` and `update` if `spheres` does not fit, in
-        `update` if `params` is missing and needed.
+      ValueError: if `decay` is a schedule; in `init` and `update`, if `spheres` does not fit the
+        parameters; in `update`, if `params` is missing and needed.
 
     >>> tx = so.trace(0.9)
     >>> params = {"kernel": jnp.ones(2)}
@@ -160,7 +172,8 @@ def trace(
     >>> updates
     {'kernel': Array([1.9, 1.9], dtype=float32)}
 
-    Source: [6] and [19]; the radial part of m is dropped, as in the authors' released code.
+    Source: equations [6] and [19] of the paper. As in the authors' released code, transport drops the
+    radial part of m.
     """
     momentum = Momentum(
         require_constant_decay("trace", decay), 1, spheres, transport=transport, rescale=rescale
@@ -197,9 +210,20 @@ def first_moment(
 ) -> OfArray:
     r"""Eq. [19] on one array: m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + gain (g_k + lambda x_k).
 
-    (r_{k-1} / r_k) Gamma(m) is m - <m, x> / <x, x> x, the projection of m at the new point x, if the
-    step from the last point was a multiple of m (see `ema`). Without the ratio of radii, `stretch` gives
-    the projection the length back that Gamma would have kept.
+    If the step from the last point was a multiple of m, then (r_{k-1} / r_k) Gamma(m) equals the
+    projection m - <m, x> / <x, x> x at the new point x (see `ema`). For Gamma(m) without the ratio,
+    `stretch` restores the length of the projection.
+
+    Args:
+      m: the momentum m_{k-1}, of the shape of the array.
+      g: the gradient g_k.
+      x: the parameters x_k.
+      mx: <m, x> per group, ready to broadcast against the array.
+      xx: <x, x> per group.
+      stretch: factor per group of the projection; None for 1.
+      decay: rate of decay.
+      gain: factor of the new term: 1 - decay for an average, 1 for a sum.
+      l2: lambda; None for 0.
     """
     m = upcast(m)
     decay, gain = as_dtype(decay, m.dtype), as_dtype(gain, m.dtype)
@@ -211,7 +235,7 @@ def first_moment(
 
 @dataclasses.dataclass(frozen=True)
 class Momentum:
-    """Eq. [19] with its parts to choose from: `ema` and `trace` have it in common."""
+    """Equation [19] with optional transport and ratio of radii: the common part of `ema` and `trace`."""
 
     decay: jax.typing.ArrayLike
     gain: jax.typing.ArrayLike
@@ -228,7 +252,7 @@ class Momentum:
 
     @property
     def keeps(self) -> bool:
-        """Whether the state has a number per group."""
+        """Whether the state holds one number per group."""
         return self.transport != self.rescale
 
     def init(self, params: Any) -> Any:
@@ -238,17 +262,17 @@ class Momentum:
     def update(
         self, g: Any, m: Any, kept: Any, x: Any, l2: Any, products: InnerProducts
     ) -> tuple[Any, Any]:
-        """The new momentum, and the new number per group if the state has one."""
+        """Computes the new momentum, and the new number per group if the state holds one."""
         groups = match(self.spheres, g).with_tangent_space()
-        step = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
+        step_on = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
         if self.transport or self.rescale or l2 is not None:
             x = require_params(x)
 
-        def average(m, g, x, *_):  # off the spheres
+        def step_off(m, g, x, *_):
             return mix_arrays(add_decay(g, x, l2), m, self.decay, self.gain)
 
         if self.transport and self.rescale:
-            m = groups.map_arrays(step, m, g, x, products.mx, products.xx, off=average)
+            m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, off=step_off)
             return m, None
         if self.transport:
             radial = groups.map_per_group(
@@ -257,22 +281,22 @@ class Momentum:
             stretch = groups.map_per_group(
                 _restore_length, products.mm, kept, products.mx, products.xx, m
             )
-            # The sum over the parameters comes before they are overwritten.
+            # The sum over the parameters has to come before they are overwritten: see `depend_on`.
             stretch = groups.map_per_group(depend_on, stretch, radial)
-            m = groups.map_arrays(step, m, g, x, products.mx, products.xx, stretch, off=average)
-            # Only the new term brings a radial part: the transported one is tangential.
-            coming = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
-            return m, groups.as_state(coming, kept)
+            m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, stretch, off=step_off)
+            # The transported momentum is tangential: only the new term has a radial part.
+            radial = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
+            return m, groups.as_state(radial, kept)
         if self.rescale:
             radius = groups.map_per_group(sqrt, products.xx)
-            m = groups.map(lambda m, c: c * m, m, groups.map_per_group(_ratio, kept, radius))
+            m = groups.map(lambda m, c: c * m, m, groups.map_per_group(_divide_radii, kept, radius))
             kept = groups.as_state(radius, kept)
         return mix(add_decay(g, x, l2), m, self.decay, self.gain), kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ema:
-    """`ema` as a block that may be given its inner products."""
+    """The block of `ema`: its `update` takes the inner products as an argument."""
 
     decay: jax.typing.ArrayLike
     spheres: Spheres = None
@@ -320,11 +344,11 @@ class Ema:
 def _restore_length(
     mm: OfGroups, radial_before: OfGroups, mx: OfGroups, xx: OfGroups, m: jax.Array
 ) -> OfGroups:
-    """The length of the tangential part of m at the last point, over that at the present point.
+    """The factor that restores the length of the momentum: transport preserves it, projection does not.
 
-    Parallel transport preserves the length, projection does not. Both lengths follow from ||m||^2 and
-    the radial part of m at either point. Where m is radial to working precision they do not, and the
-    factor is 1.
+    The factor divides the length of the tangential part of m at the last point by that at the present
+    point. Both lengths follow from ||m||^2 and the radial part of m at the point. If m is radial to
+    working precision, the difference is rounding noise, and the factor is 1.
     """
     radial_now = divide_or_zero(mx, sqrt(xx))
     old, new = mm - radial_before * radial_before, mm - radial_now * radial_now
@@ -340,6 +364,6 @@ def _radial_part(gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
     return radial if l2 is None else radial + as_dtype(l2, r.dtype) * r
 
 
-def _ratio(before: OfGroups, now: OfGroups) -> OfGroups:
-    """r_{k-1} / r_k, and 1 for groups that were or are zero."""
+def _divide_radii(before: OfGroups, now: OfGroups) -> OfGroups:
+    """r_{k-1} / r_k, or 1 if the group was zero or is zero."""
     return jnp.where(is_zero(before), 1.0, divide_or_one(before, now))

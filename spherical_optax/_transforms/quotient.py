@@ -1,4 +1,4 @@
-"""The scheme a / b of the paper [3]."""
+"""The quotient a / b of the paper's generic scheme, equation [3]: x <- x - eta a / b."""
 
 from typing import NamedTuple
 
@@ -26,9 +26,11 @@ class QuotientState(NamedTuple):
 def quotient(
     a: optax.GradientTransformation, b: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Feeds both with the same updates and divides what comes out: a / b element-wise [3].
+    r"""Feeds two transformations with the same updates and divides their outputs element-wise: a / b.
 
-    Where b is 0 the quotient is 0: a parameter that never had a gradient stays, whatever the eps.
+    Use this when you compose an adaptive optimizer of your own from a numerator and a denominator, as
+    in equation [3]. Where b is 0 the quotient is 0: a parameter that never had a gradient stays as it
+    is, even with eps = 0.
 
     Args:
       a: the numerator, e.g. `so.ema(0.9)`.
@@ -38,14 +40,14 @@ def quotient(
       A `GradientTransformationExtraArgs` with the states of both.
 
     Raises:
-      ValueError: if `a` or `b` is no transformation, and what they raise.
+      ValueError: if `a` or `b` is no transformation; `init` and `update` raise the errors of both.
 
     >>> tx = so.quotient(so.ema(0.9), so.rms(0.999))  # optax.scale_by_adam()
     >>> g = {"kernel": jnp.array([-2.0, 0.0, 5.0])}
     >>> tx.update(g, tx.init(g), g)[0]
     {'kernel': Array([-1.,  0.,  1.], dtype=float32)}
 
-    Source: the generic scheme, [3] and [4].
+    Source: the generic scheme, equations [3] and [4] of the paper.
     """
     a, b = (optax.with_extra_args_support(require_transformation("quotient", tx)) for tx in (a, b))
 
@@ -61,10 +63,11 @@ def quotient(
 
 
 def quotient_on_spheres(a: Ema, b: Rms) -> optax.GradientTransformationExtraArgs:
-    """`quotient(so.ema(...), so.rms(...))` of two blocks on the same spheres: every sum is there once.
+    """Divides two blocks on the same spheres, like `quotient`, and computes every inner product once.
 
-    XLA merges sums that are there twice, but then runs the sums over different arrays in turn: a step
-    took 1.00 to 1.21 times as long (quartiles; ResNet-18, JAX 0.10, CPU).
+    `quotient(so.ema(...), so.rms(...))` would trace the common ones twice. XLA merges the duplicates,
+    but then alternates between the sums over different arrays: a step took 1.00 to 1.21 times as long
+    (quartiles; ResNet-18, JAX 0.10, CPU).
     """
 
     def init(params):

@@ -1,4 +1,4 @@
-"""Many small arrays of one shape as one: for the optimizer, not for the model."""
+"""Many small arrays of one shape in one stack, for the optimizer; the model keeps its parameters."""
 
 import collections
 import dataclasses
@@ -16,10 +16,10 @@ from spherical_optax._core.sphere import Sphere, Spheres
 
 
 class Packed(NamedTuple):
-    """Arrays by shape: those that share one with others on a new first axis, and the rest by path."""
+    """A tree with its small arrays in stacks, one stack per shape, dtype and sphere."""
 
-    stacks: list[Any]
-    alone: dict[str, Any]
+    stacks: list[Any]  # arrays on a new first axis
+    alone: dict[str, Any]  # all other arrays, by path
 
 
 def stacked(
@@ -28,17 +28,18 @@ def stacked(
     *,
     below: int = 2**14,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hands the small arrays of equal shape to an optimizer in one stack, with a sphere each as before.
+    """Hands small arrays of equal shape to an optimizer in one stack; every array keeps its spheres.
 
-    A network of hundreds of small arrays spends a step of its optimizer on starting hundreds of tiny
-    operations. In a stack they are one, and the steps are the same but for rounding. The state is
-    stacked too: it is no longer shaped like the parameters.
+    Use this when a network has hundreds of small arrays: a step of its optimizer then spends its time
+    on starting hundreds of tiny operations. A stack needs one operation in their place, and the steps
+    are the same except for rounding. The state is stacked too: it does not have the structure of the
+    parameters.
 
     Args:
-      make: from spheres to an optimizer, such as `lambda spheres: so.adamsrt(1e-3, spheres)`. What goes
-        by the paths of parameters does not work inside, nor does what guesses from their shapes.
+      make: function from spheres to an optimizer, such as `lambda spheres: so.adamsrt(1e-3, spheres)`.
+        An optimizer inside must not select parameters by path, nor guess spheres from shapes.
       spheres: how the leaves split into groups; tied leaves stay as they are.
-      below: arrays with this many entries or more stay as they are.
+      below: arrays with at least this many entries stay as they are; for experiments.
 
     Returns:
       A `GradientTransformationExtraArgs`. State: that of the optimizer, for stacks.
@@ -57,75 +58,91 @@ def stacked(
 
     Source: `optax.flatten` does the same to element-wise optimizers, with one vector.
     """
-
     if not callable(make):
         raise ValueError(
             f"stacked: {reprlib.repr(make)} is not a function from spheres to an optimizer; write "
             "stacked(lambda spheres: so.adamsrt(1e-3, spheres), spheres)"
         )
+    stacking = Stacking(make, spheres, below)
+    return optax.GradientTransformationExtraArgs(stacking.init, stacking.update)
 
-    def plan(tree: Any) -> tuple[dict[Any, list[Path]], dict[Path, Sphere | None]]:
-        """The paths that go into one stack, and the spheres of all."""
-        match(spheres, tree)
-        chosen = assign_specs(spheres, tree)
+
+class Plan(NamedTuple):
+    """Which arrays go into which stack."""
+
+    stacks: dict[Any, list[Path]]  # by shape, dtype and sphere, the paths in one stack
+    specs: dict[Path, Sphere | None]  # the spheres of all arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacking:
+    """The transformation of `stacked`: packs the arrays, updates the stacks, unpacks the result."""
+
+    make: Callable[[Spheres], optax.GradientTransformation]
+    spheres: Spheres
+    below: int
+
+    def init(self, params: Any) -> Any:
+        plan = self.make_plan(params)
+        return self.make_optimizer(plan).init(self.pack(params, plan))
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        plan = self.make_plan(updates if params is None else params)
+        packed_params = None if params is None else self.pack(params, plan)
+        tx, packed = self.make_optimizer(plan), self.pack(updates, plan)
+        packed, state = tx.update(packed, state, packed_params, **extra_args)
+        return self.unpack(packed, plan, updates), state
+
+    def make_plan(self, tree: Any) -> Plan:
+        match(self.spheres, tree)
+        specs = assign_specs(self.spheres, tree)
         alike: dict[Any, list[Path]] = collections.defaultdict(list)
         for path, x in leaves_with_paths(tree, lambda x: x is None)[0]:
-            sphere = chosen[path]
+            sphere = specs[path]
             tied = sphere is not None and sphere.tie is not None
-            if x is not None and jnp.size(x) < below and not tied:
+            if x is not None and jnp.size(x) < self.below and not tied:
                 alike[jnp.shape(x), jnp.result_type(x), sphere].append(path)
-        return {key: paths for key, paths in alike.items() if len(paths) > 1}, chosen
+        return Plan({key: paths for key, paths in alike.items() if len(paths) > 1}, specs)
 
-    def pack(tree: Any, stacks: dict[Any, list[Path]]) -> Packed:
+    def make_optimizer(self, plan: Plan) -> optax.GradientTransformationExtraArgs:
+        grouped = {path for paths in plan.stacks.values() for path in paths}
+        alone = {_encode_path(p): spec for p, spec in plan.specs.items() if p not in grouped}
+        stacks = [_add_stack_axis(sphere) for _, _, sphere in plan.stacks]
+        return optax.with_extra_args_support(self.make(Packed(stacks, alone)))
+
+    def pack(self, tree: Any, plan: Plan) -> Packed:
         leaves = dict(leaves_with_paths(tree, lambda x: x is None)[0])
-        if missing := [path for paths in stacks.values() for path in paths if leaves[path] is None]:
+        grouped = plan.stacks.values()
+        if missing := [path for paths in grouped for path in paths if leaves[path] is None]:
             raise ValueError(
                 f"stacked: {'/'.join(missing[0])} has no update, but lies in a stack: give it zeros, "
                 "or keep small arrays apart with below=0"
             )
-        together = [jnp.stack([leaves.pop(path) for path in paths]) for paths in stacks.values()]
-        return Packed(together, {_name(path): x for path, x in leaves.items()})
+        stacks = [jnp.stack([leaves.pop(path) for path in paths]) for paths in grouped]
+        return Packed(stacks, {_encode_path(path): x for path, x in leaves.items()})
 
-    def unpack(packed: Any, stacks: dict[Any, list[Path]], like: Any) -> Any:
-        paths, treedef = leaves_with_paths(like, lambda x: x is None)
+    def unpack(self, packed: Any, plan: Plan, like: Any) -> Any:
+        leaves, treedef = leaves_with_paths(like, lambda x: x is None)
         found = {
             path: stack[i]
-            for stack, of in zip(packed.stacks, stacks.values(), strict=True)
-            for i, path in enumerate(of)
+            for stack, paths in zip(packed.stacks, plan.stacks.values(), strict=True)
+            for i, path in enumerate(paths)
         }
         return jax.tree.unflatten(
             treedef,
-            [found[p] if p in found else packed.alone[_name(p)] for p, _ in paths],
+            [found[p] if p in found else packed.alone[_encode_path(p)] for p, _ in leaves],
         )
 
-    def optimizer(stacks: Any, chosen: Any) -> optax.GradientTransformationExtraArgs:
-        grouped = {path for paths in stacks.values() for path in paths}
-        alone = {_name(p): sphere for p, sphere in chosen.items() if p not in grouped}
-        return optax.with_extra_args_support(
-            make(Packed([_stack_of(sphere) for _, _, sphere in stacks], alone))
-        )
 
-    def init(params):
-        stacks, chosen = plan(params)
-        return optimizer(stacks, chosen).init(pack(params, stacks))
-
-    def update(updates, state, params=None, **extra_args):
-        stacks, chosen = plan(updates if params is None else params)
-        packed = None if params is None else pack(params, stacks)
-        tx, found = optimizer(stacks, chosen), pack(updates, stacks)
-        found, state = tx.update(found, state, packed, **extra_args)
-        return unpack(found, stacks, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _name(path: Path) -> str:
-    """One string per path, as in a JSON pointer: a name may have a slash of its own."""
+def _encode_path(path: Path) -> str:
+    """Joins the names of a path, and escapes slashes inside a name as a JSON pointer does."""
     return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
 
 
-def _stack_of(sphere: Sphere | None) -> Sphere | None:
-    """Of every array in a stack that was on this sphere."""
+def _add_stack_axis(sphere: Sphere | None) -> Sphere | None:
+    """Makes the sphere of a stack from that of its arrays: the new first axis tells groups apart."""
     if sphere is None:
         return None
     axes = (0, *(axis + 1 if axis >= 0 else axis for axis in sphere.index_axes))

@@ -6,10 +6,10 @@ from spherical_optax._core.matching import match
 from spherical_optax._core.sphere import Spheres
 
 
-def decay_off(
+def add_decay_off_spheres(
     spheres: Spheres, weight_decay: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """Weight decay off the spheres, on which it is radial."""
+    """Adds weight decay off the spheres only: on a sphere it is radial, and a retraction undoes it."""
     return optax.add_decayed_weights(
         weight_decay, mask=lambda tree: match(spheres, tree).with_tangent_space().off()
     )
