@@ -1,8 +1,7 @@
-"""Which coordinates form one sphere. The only module that knows axes, blocks and ties."""
+"""Spheres meet parameters: every `spheres` argument is matched with a tree here, by path."""
 
 import dataclasses
 import inspect
-import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -25,21 +24,26 @@ def spheres_where(
 ) -> Spheres:
     r"""Puts the leaves whose path matches on spheres, and no others.
 
+    Use this when the names of the parameters tell which are normalised, as in `"Conv_0/kernel"`.
+
     Args:
-      params: the parameters.
-      pattern: a regular expression, searched in paths like `"Block_0/Conv_1/kernel"`, or a predicate
-        of the path (of path and leaf, if it takes two arguments).
-      sphere: what the leaves that match get.
+      params: the parameters; `jax.ShapeDtypeStruct`s will do.
+      pattern: a regular expression, searched in paths like `"Block_0/Conv_1/kernel"`; or a function of
+        the path, or of the path and the leaf, that returns whether the leaf is on spheres.
+      sphere: the `Sphere` of every leaf that matches.
 
     Returns:
       A tree shaped like `params` with `sphere` where the path matches and None elsewhere.
 
     Raises:
-      ValueError: if no leaf matches (the message lists the paths), or `sphere` does not fit a leaf.
+      ValueError: if `sphere` is not a `Sphere` or does not fit a leaf that matches, or if no leaf
+        matches (the message lists the paths).
 
     >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.zeros(8)}}
     >>> spheres_where(params, r"Conv_\d+/kernel")
     {'Conv_0': {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}}
+
+    Source: section 2.1 of "A spherical analysis of Adam with Batch Normalization" for the spheres.
     """
     if not isinstance(sphere, Sphere):
         raise ValueError(f"spheres_where: sphere is {sphere!r}, not a Sphere")
@@ -47,7 +51,7 @@ def spheres_where(
     if not callable(pattern):
         regex = re.compile(pattern)
         chosen = [bool(regex.search("/".join(path))) for path, _ in leaves]
-    elif _arity(pattern) == 2:
+    elif _count_required_arguments(pattern) == 2:
         chosen = [bool(pattern("/".join(path), leaf)) for path, leaf in leaves]
     else:
         chosen = [bool(pattern("/".join(path))) for path, _ in leaves]
@@ -65,7 +69,7 @@ def spheres_where(
     return spheres
 
 
-def _arity(function: Callable[..., bool]) -> int:
+def _count_required_arguments(function: Callable[..., bool]) -> int:
     parameters = inspect.signature(function).parameters.values()
     return sum(p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
 
@@ -73,9 +77,9 @@ def _arity(function: Callable[..., bool]) -> int:
 def match(spheres: Spheres, tree: Any) -> Groups:
     """Matches a `spheres` argument with a tree, by path, and checks every spec against its leaf.
 
-    By path and not by container, so that a dict of spheres serves a FrozenDict, an `nnx.State` or a
-    dataclass with the same names. What `optax.masked` and Equinox leave out of `tree` may be left in
-    `spheres`.
+    Because paths are compared and not containers, a dict of spheres serves a FrozenDict, an `nnx.State`
+    or a dataclass with the same names. `spheres` may have entries for leaves that `optax.masked` or
+    Equinox has taken out of `tree`.
 
     Raises:
       ValueError: naming path, shape and spec, if structure, axes, blocks or ties do not fit.
@@ -85,21 +89,23 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     leaves, treedef = leaves_with_paths(tree, lambda x: x is None)
     chosen = assign_specs(spheres, tree)
     split = [
-        None if (spec := chosen[path]) is None else _leaf("/".join(path), spec, leaf)
+        None if (spec := chosen[path]) is None else _split_array("/".join(path), spec, leaf)
         for path, leaf in leaves
     ]
-    return Groups(treedef, *_tied(chosen, split))
+    tied, ties = _tie_arrays(chosen, split)
+    return Groups(treedef, tied, ties)
 
 
 def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
     if spheres is Sphere:
         raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
-    # An Equinox module is callable too, but no leaf.
+    # An Equinox module of spheres is callable too, but it is a tree and no leaf.
     if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)
     leaves, _ = leaves_with_paths(tree, lambda x: x is None)
-    if all(leaf is None for _, leaf in leaves):  # nothing there, or a placeholder of optax's
+    # There are no arrays: the tree is empty, or the placeholder of `optax.tree.map_params`.
+    if all(leaf is None for _, leaf in leaves):
         return {path: None for path, _ in leaves}
     specs = dict(leaves_with_paths(spheres, _is_spec)[0])
     for path, spec in specs.items():
@@ -124,7 +130,8 @@ def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     return chosen
 
 
-def _leaf(where: str, sphere: Sphere, array: Any) -> ArrayGroups:
+def _split_array(where: str, sphere: Sphere, array: Any) -> ArrayGroups:
+    """The groups of one array; raises if the axes or blocks do not fit it."""
     shape, ndim = jnp.shape(array), jnp.ndim(array)
     what = f"{sphere} does not fit the parameter {where!r} of shape {shape}"
     if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
@@ -143,12 +150,14 @@ def _leaf(where: str, sphere: Sphere, array: Any) -> ArrayGroups:
                 f"length {counts[-1]}; give a divisor of it"
             )
         counts = (*counts[:-1], sphere.blocks)
-    size = math.prod(shape) // max(math.prod(counts), 1)
-    return ArrayGroups(shape, axes, counts, size)
+    return ArrayGroups(shape, axes, counts)
 
 
 def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: Any) -> None:
-    """Specs that met no parameter must be where the tree has a None, a MaskedNode or nothing."""
+    """Raises unless the `extra` specs, which met no parameter, are where the tree has no arrays.
+
+    Such a hole is a None, an `optax.MaskedNode` or an empty container.
+    """
 
     def is_hole(x: Any) -> bool:
         return not jax.tree.leaves(x)
@@ -162,10 +171,10 @@ def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: An
             )
 
 
-def _tied(
+def _tie_arrays(
     chosen: dict[Path, Sphere | None], leaves: list[ArrayGroups | None]
 ) -> tuple[list[ArrayGroups | None], list[list[int]]]:
-    """Finds the ties, and gives their leaves the number of coordinates of the whole group."""
+    """The leaves, each with the coordinates that its groups have in tied leaves, and the ties."""
     ties: dict[str, list[tuple[int, ArrayGroups, str]]] = {}
     for i, ((path, sphere), leaf) in enumerate(zip(chosen.items(), leaves, strict=True)):
         if leaf is not None and sphere is not None and sphere.tie is not None:
@@ -179,7 +188,7 @@ def _tied(
                 + "; ".join(what for _, _, what in tied)
                 + ". Choose index_axes and blocks that agree, or another tie"
             )
-        size = sum(leaf.size for _, leaf, _ in tied)
+        size = sum(leaf.own_size for _, leaf, _ in tied)
         for i, leaf, _ in tied:
-            leaves[i] = dataclasses.replace(leaf, size=size)
+            leaves[i] = dataclasses.replace(leaf, tied_size=size - leaf.own_size)
     return leaves, [[i for i, _, _ in tied] for tied in ties.values() if len(tied) > 1]

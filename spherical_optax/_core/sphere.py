@@ -1,4 +1,4 @@
-"""What a user writes: which coordinates of an array form one sphere."""
+"""`Sphere`, with which a user says which coordinates of an array form one sphere."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,20 +9,29 @@ from typing import Any
 class Sphere:
     """How one parameter array splits into radially invariant groups, one sphere each.
 
-    A group x in R^d is a set of coordinates with L(rho x) = L(x) for every rho > 0 (section 2.1).
+    Use this when you know which layer normalises the output of a parameter array; `find_spheres` finds
+    the spheres of a whole model by measurement.
+
+    A group is a set of d coordinates x with L(rho x) = L(x) for every rho > 0 (section 2.1). An array
+    has one group for each combination of indices along `index_axes`, and the group consists of all
+    entries with these indices:
+
+      - `(-1,)`: one group per output channel, for BatchNorm. A kernel of shape (3, 3, 16, 32) has 32
+        groups, each of d = 144 coordinates.
+      - `()`: the whole array is one group, for LayerNorm.
+      - `(0, -1)`: one group per layer and output channel, for a stack of scanned layers.
+      - `(1,)`: one group per head, for a kernel of shape (in, heads, head_dim).
 
     Attributes:
-      index_axes: the axes that tell the groups apart; everything else is summed over. `(-1,)`: one
-        group per output channel (BatchNorm). `()`: the whole array (LayerNorm). `(0, -1)`: a stack
-        of scanned layers. `(1,)`: per head of an `(in, heads, head_dim)` kernel.
-      blocks: cuts the last of `index_axes` into so many equal contiguous blocks, one sphere each
-        (the groups of GroupNorm).
-      tie: leaves with the same string form their spheres together (a kernel and its bias under
-        LayerNorm or GroupNorm), so every layer needs a string of its own.
+      index_axes: the axes that tell the groups apart, counted from the front or the back.
+      blocks: the last of `index_axes` is cut into this many contiguous blocks of equal length, and
+        every block is one group (the groups of GroupNorm).
+      tie: leaves with the same string form their spheres together, as a kernel and its bias do under
+        LayerNorm or GroupNorm. Every layer needs a string of its own.
 
     Raises:
-      ValueError: if `index_axes` are not distinct integers, or `blocks` is not a positive integer
-        that has an axis to cut.
+      ValueError: if `index_axes` are not distinct integers, if `blocks` is not a positive integer or
+        there is no axis to cut, or if `tie` is not a string.
 
     >>> Sphere()  # one sphere per output channel
     Sphere(index_axes=(-1,), blocks=None, tie=None)
@@ -50,5 +59,6 @@ class Sphere:
             raise ValueError(f"{self}: tie must be a string or None")
 
 
-# A tree of `Sphere | None` shaped like the parameters, a prefix of one, or params -> such a tree.
+# The type of every `spheres` argument: a tree of `Sphere | None` shaped like the parameters, a prefix of
+# such a tree, or a function from the parameters to such a tree.
 Spheres = Any
