@@ -21,7 +21,7 @@ from rich.table import Table
 
 import spherical_optax as so
 from benchmarks.cli import Parser
-from benchmarks.reporting import report
+from benchmarks.reporting import report, tables
 
 KEY = jax.random.key(0)
 
@@ -157,34 +157,27 @@ def measure(network: Network) -> dict[str, Any] | None:
     }
 
 
+HEADER = ("network", "parameters", "arrays", "on spheres", "wrong", "checked", "find s", "check s")
+
+
 def make_table(rows: dict[str, dict[str, Any] | None]) -> Table:
-    found = Table(title="find_spheres on others' networks", title_justify="left")
-    columns = (
-        "network",
-        "parameters",
-        "arrays",
-        "on spheres",
-        "wrong",
-        "checked",
-        "find s",
-        "check s",
-    )
-    for column in columns:
-        found.add_column(column, justify="left" if column == "network" else "right")
-    for name, row in rows.items():
-        if row is None:
-            found.add_row(name, "not installed")
-            continue
-        found.add_row(
+    texts = [
+        (name, "not installed")
+        if row is None
+        else (
             name,
             f"{row['parameters']:,}",
-            *(str(row[key]) for key in ("arrays", "on_spheres")),
+            str(row["arrays"]),
+            str(row["on_spheres"]),
             str(len(row["wrong"])),
             "ok" if row["confirmed_by_check_spheres"] else "NO",
             f"{row['find_seconds']:.1f}",
             f"{row['check_seconds']:.1f}",
         )
-    return found
+        for name, row in rows.items()
+    ]
+    title = "find_spheres on others' networks"
+    return tables.to_rich(HEADER, texts, title, framed=True, wrapped=HEADER)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

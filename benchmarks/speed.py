@@ -3,150 +3,39 @@
     python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--only NAME] [--torch]
                                [--out DIR]
 
-Every step is jitted, with donated buffers, and takes its turn of ten steps in every round: the ratios
-mean something on a noisy machine, the milliseconds do not. An accelerator gets the ten in one call, each
-with gradients of its own, and is waited for after them. The floor of an optimizer is the time that
-x <- x + c g takes in the same rounds, in proportion to the bytes that each has to read and write once:
-gradients, and parameters and state twice. Where torch, adamp, pytorch_optimizer and geoopt are
-installed, they take part. Without --batch the optimizers run alone; with it as part of training steps,
-forward and backward pass included, on as many random images.
+Every step is jitted, with donated buffers, and takes its turn of ten steps in every round.
+Therefore the ratios are meaningful on a noisy machine; the milliseconds are not. An accelerator
+gets the ten steps in one call, each step with gradients of its own, and is waited for after the
+call. The floor of an optimizer is the time that x <- x + c g takes in the same rounds, in
+proportion to the bytes that each of the two has to read and write once: gradients, and twice
+parameters and state. Where torch, adamp, pytorch_optimizer and geoopt are installed, they take
+part. Without --batch the optimizers run alone. With --batch they are part of training steps on that
+many random images, forward and backward pass included.
 """
 
-import itertools
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
-import jax.numpy as jnp
-import optax
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import spherical_optax as so
 from benchmarks.cli import Parser, at_least, to_one_line
-from benchmarks.measuring.parameters import IMAGE, LISTED, describe_network
+from benchmarks.measuring.contenders import EVERY, FLOOR, LEARNING_RATE, REFERENCE, make_optimizers
+from benchmarks.measuring.optax_steps import Step, compile_all, count_bytes, make_gradient
+from benchmarks.measuring.parameters import LISTED, describe_network
 from benchmarks.measuring.speed_peers import TorchStep, describe_torch, make_torch_steps
-from benchmarks.reporting import report
-from benchmarks.training.methods import OPTIMIZERS, make_optimizer
+from benchmarks.reporting import report, tables
 from benchmarks.training.models import MODELS
 
-LEARNING_RATE = 1e-3
-EVERY = 10  # steps in a row, of which `track` measures one
-REFERENCE, FLOOR = "optax.adam", "x + c g"
-
-
-def make_optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.GradientTransformation]:
-    adam = optax.adam(LEARNING_RATE)
-    return {
-        FLOOR: optax.sgd(LEARNING_RATE),
-        REFERENCE: adam,
-        "optax.adamw": optax.adamw(LEARNING_RATE, weight_decay=weight_decay),
-        "optax.sgd": optax.sgd(LEARNING_RATE, momentum=0.9),
-        **{
-            f"so.{name}": make_optimizer(name, LEARNING_RATE, spheres, 0.999, weight_decay)
-            for name in OPTIMIZERS
-            if name not in ("adamw", "muonh")  # the blocks of so.adam; matrix products
-        },
-        "so.stacked(so.adamsrt)": so.stacked(
-            lambda s: so.adamsrt(LEARNING_RATE, s, weight_decay=weight_decay), spheres
-        ),
-        "so.adamp, guessing": so.adamp(LEARNING_RATE, weight_decay=weight_decay),
-        f"so.track(optax.adam, every={EVERY})": so.track(adam, spheres, every=EVERY),
-    }
-
-
-class Step:
-    """One Optax optimizer, compiled, with parameters and state of its own.
-
-    A CPU gets a call for every step, and an accelerator (`scan`) one call for ten: there, a call from
-    the host can take longer than the step. `grads` holds gradients along a leading axis, which take
-    turns. In a scan each step has its own: XLA would compute what depends on one gradient once for all.
-    `gradient` makes them from the parameters in their place, and is timed too.
-    """
-
-    def __init__(
-        self,
-        tx: optax.GradientTransformation,
-        params: Any,
-        grads: Any,
-        gradient: Callable[[Any], Any] | None = None,
-        scan: bool = False,
-    ):
-        def step(params, state, grads):
-            grads = grads if gradient is None else gradient(params)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        def steps(params, state, grads):
-            (params, state), _ = jax.lax.scan(
-                lambda carry, grads: (step(*carry, grads), None), (params, state), grads
-            )
-            return params, state
-
-        self.scan = scan
-        self.params = jax.tree.map(jnp.copy, params)
-        self.state = tx.init(self.params)
-        self.state_bytes = _count_bytes(self.state)
-        self.seconds: list[float] = []
-        count = len(jax.tree.leaves(grads)[0])
-        self._grads = [grads] if self.scan else [_select_step(grads, i) for i in range(count)]
-        self._lowered = jax.jit(steps if self.scan else step, donate_argnums=(0, 1)).lower(
-            self.params, self.state, self._grads[0]
-        )
-
-    def compile(self) -> None:
-        """Apart, because it may take place in a thread."""
-        start = time.perf_counter()
-        self._compiled = self._lowered.compile()
-        # With a cache, it is only the time that loading takes.
-        cached = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        self.compile_seconds = None if cached else time.perf_counter() - start
-        memory: Any = self._compiled.memory_analysis()
-        self.temporary_bytes = memory.temp_size_in_bytes
-
-    def run(self) -> None:
-        start = time.perf_counter()
-        for grads in itertools.islice(itertools.cycle(self._grads), 1 if self.scan else EVERY):
-            self.params, self.state = self._compiled(self.params, self.state, grads)
-            jax.block_until_ready((self.params, self.state))
-        self.seconds.append((time.perf_counter() - start) / EVERY)
-
-
-def _select_step(grads: Any, step: int) -> Any:
-    return jax.tree.map(lambda g: g[step], grads)
-
-
-def _count_bytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-def make_gradient(model: str, batch: int) -> Callable[[Any], Any]:
-    """Of the loss on random images, with the model in training mode."""
-    net = MODELS[model](10)
-    images = jax.random.normal(jax.random.key(1), (batch, *IMAGE))
-    labels = jnp.arange(batch) % 10
-    stats = net.init(jax.random.key(0), images[:1], train=False)["batch_stats"]
-
-    def loss(params: Any) -> jax.Array:
-        variables = {"params": params, "batch_stats": stats}
-        logits: Any = net.apply(variables, images, train=True, mutable=["batch_stats"])[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return jax.grad(loss)
-
-
-def compile_all(steps: Sequence[Step]) -> None:
-    """Side by side where an accelerator is waiting; on a CPU in turn, because the time is reported."""
-    with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else None) as pool:
-        list(pool.map(Step.compile, steps))
+Contenders = Mapping[str, Step | TorchStep]
 
 
 def measure(
@@ -160,30 +49,41 @@ def measure(
     scan: bool | None = None,
     turn: Callable[[], Any] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """`turn` returns when it is time to measure; everything is compiled before."""
+    """A row of figures for every optimizer.
+
+    `turn` is called when everything is compiled, and returns when it is time to measure.
+    """
     scan = jax.default_backend() != "cpu" if scan is None else scan
-    keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
-
-    def random(x: Any, *more: int) -> jax.Array:
-        return 0.05 * jax.random.normal(next(keys), (*more, *x.shape), x.dtype)
-
-    params = jax.tree.map(random, shapes)
-    grads = jax.tree.map(lambda x: random(x, EVERY if scan else 1), shapes)
-    contenders: dict[str, Step | TorchStep] = {}
-    for name, tx in make_optimizers(spheres, weight_decay).items():
-        if only is None or name in (REFERENCE, FLOOR, *only):
-            contenders[name] = Step(tx, params, grads, gradient, scan)
-    compile_all([step for step in contenders.values() if isinstance(step, Step)])
+    params, grads = make_arrays(shapes, gradients=EVERY if scan else 1)
+    steps = {
+        name: Step(tx, params, grads, gradient, scan)
+        for name, tx in make_optimizers(spheres, weight_decay).items()
+        if only is None or name in (REFERENCE, FLOOR, *only)
+    }
+    compile_all(list(steps.values()))
+    peers = {}
     if gradient is None and torch:
         try:
-            contenders |= make_torch_steps(
-                params, grads, spheres, LEARNING_RATE, weight_decay, EVERY
-            )
-        except (
-            RuntimeError
-        ) as error:  # PyTorch's, out of memory, say: ours are measured all the same
+            peers = make_torch_steps(params, grads, spheres, LEARNING_RATE, weight_decay, EVERY)
+        except RuntimeError as error:  # PyTorch's, of a GPU without memory, for example
             print(f"without PyTorch: {to_one_line(error)[:200]}", file=sys.stderr)
     turn()
+    contenders = {**steps, **peers}
+    take_turns(contenders, rounds)
+    return summarize(contenders, count_bytes(params), alone=gradient is None)
+
+
+def make_arrays(shapes: Any, gradients: int) -> tuple[Any, Any]:
+    """Random parameters, and random gradients along a leading axis."""
+    keys = iter(jax.random.split(jax.random.key(0), 2 * len(jax.tree.leaves(shapes))))
+
+    def draw(x: Any, *more: int) -> jax.Array:
+        return 0.05 * jax.random.normal(next(keys), (*more, *x.shape), x.dtype)
+
+    return jax.tree.map(draw, shapes), jax.tree.map(lambda x: draw(x, gradients), shapes)
+
+
+def take_turns(contenders: Contenders, rounds: int) -> None:
     for step in contenders.values():  # the first call touches memory for the first time
         step.run()
         step.seconds.clear()
@@ -191,20 +91,24 @@ def measure(
         for step in contenders.values():
             step.run()
 
-    def bytes_moved(step: Step | TorchStep) -> int:
-        return 3 * _count_bytes(params) + 2 * step.state_bytes
+
+def summarize(contenders: Contenders, params_bytes: int, alone: bool) -> dict[str, dict[str, Any]]:
+    """`alone`: whether the optimizers ran without a network, and can be compared with the floor."""
+
+    def count_bytes_moved(step: Step | TorchStep) -> int:
+        return 3 * params_bytes + 2 * step.state_bytes
 
     reference, floor = contenders[REFERENCE], contenders[FLOOR]
+    reference_seconds = statistics.median(reference.seconds)
     floor_seconds = statistics.median(floor.seconds)
     rows = {}
     for name, step in contenders.items():
         seconds = statistics.median(step.seconds)
+        share_of_bytes = count_bytes_moved(floor) / count_bytes_moved(step)
         rows[name] = {
             "milliseconds": 1e3 * seconds,
-            "time_ratio": seconds / statistics.median(reference.seconds),
-            "floor_ratio": None
-            if gradient is not None
-            else seconds / floor_seconds * (bytes_moved(floor) / bytes_moved(step)),
+            "time_ratio": seconds / reference_seconds,
+            "floor_ratio": seconds / floor_seconds * share_of_bytes if alone else None,
             "state_bytes": step.state_bytes,
             "state_ratio": step.state_bytes / reference.state_bytes,
             "temporary_bytes": step.temporary_bytes,
@@ -216,46 +120,38 @@ def measure(
 HEADER = ("optimizer", "ms", "time", "x floor", "state", "temp. MiB", "compile s")
 
 
-def format_rows(rows: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The numbers of every optimizer as texts, a dash for what there is not."""
+def format_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The figures of every optimizer as texts, with a dash where there is none."""
 
-    def text(value: float | None, form: str) -> str:
+    def format_or_dash(value: float | None, form: str = "{:.2f}") -> str:
         return "-" if value is None else form.format(value)
 
     return [
         (
             name,
-            text(row["milliseconds"], "{:.2f}"),
-            text(row["time_ratio"], "{:.2f}"),
-            text(row["floor_ratio"], "{:.2f}"),
-            text(row["state_ratio"], "{:.3f}"),
-            text(None if (t := row["temporary_bytes"]) is None else t / 2**20, "{:.2f}"),
-            text(row["compile_seconds"], "{:.2f}"),
+            format_or_dash(row["milliseconds"]),
+            format_or_dash(row["time_ratio"]),
+            format_or_dash(row["floor_ratio"]),
+            format_or_dash(row["state_ratio"], "{:.3f}"),
+            format_or_dash(None if (t := row["temporary_bytes"]) is None else t / 2**20),
+            format_or_dash(row["compile_seconds"]),
         )
         for name, row in rows.items()
     ]
 
 
-def make_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
-    found = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for i, column in enumerate(HEADER):
-        found.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in format_rows(rows):
-        found.add_row(*row)
-    return found
+def make_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    return tables.to_rich(HEADER, format_rows(rows), title)
 
 
 def make_file_name(model: str, training: bool = False, few: bool = False, device: str = "") -> str:
-    """Of the results on a device, by default on this one."""
-    parts = (
-        "training" if training else "",
-        "few" if few else "",
-        device or report.make_device_slug(),
-    )
+    """The name of the file with the results on a device, by default on this one."""
+    device = device or report.make_device_slug()
+    parts = ("training" if training else "", "few" if few else "", device)
     return "_".join(("speed", *filter(None, parts), f"{model}.json"))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="benchmarks.speed", description=str(__doc__).splitlines()[0])
     choices = [*MODELS, *LISTED]
     default = ["resnet18", "resnet50", "small"]
@@ -274,48 +170,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help=help_text)
     help_text = "compile, then measure when this file is there, one process at a time"
     parser.add_argument("--wait-for", type=Path, metavar="FILE", help=help_text)
+    return parser
+
+
+def make_turn(file: Path | None) -> Callable[[], None]:
+    """A function that returns when `file` exists and no other process is measuring."""
+    if file is None:
+        return lambda: None
+    lock = filelock.FileLock(f"{file}.lock")
+
+    def turn() -> None:
+        while not file.exists():
+            time.sleep(0.1)
+        lock.acquire()  # until this process ends
+
+    return turn
+
+
+def measure_model(model: str, args: Namespace, turn: Callable[[], None]) -> None:
+    shapes, spheres = describe_network(model)
+    rows = measure(
+        shapes,
+        spheres,
+        args.rounds,
+        args.weight_decay,
+        gradient=None if args.batch is None else make_gradient(model, args.batch),
+        only=args.only,
+        torch=args.torch or args.only is None,
+        turn=turn,
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(shapes))
+    what = f"One training step with {args.batch} images" if args.batch else "One step"
+    title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
+    Console().print(make_table(rows, title))
+    if args.out:
+        path = args.out / make_file_name(model, bool(args.batch), bool(args.only))
+        environment = report.describe_environment() | describe_torch()
+        about = {"command": make_command(model, args), "title": title, "environment": environment}
+        report.write_json(path, about | {"optimizers": rows})
+        print(f"written: {path}")
+
+
+def make_command(model: str, args: Namespace) -> str:
+    words = ["python -m benchmarks.speed", "--model", model, "--rounds", args.rounds]
+    words += ["--weight-decay", f"{args.weight_decay:g}"]
+    words += ["--batch", args.batch] if args.batch else []
+    words += ["--only", *map(shlex.quote, args.only)] if args.only else []
+    words += ["--torch"] if args.torch else []
+    return " ".join(map(str, words))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.out:
         parser.require_writable(args.out, args.out)
     if args.batch and (listed := [name for name in args.model if name in LISTED]):
         parser.error(f"--batch: {', '.join(listed)} are parameters without a network")
-    lock = None if args.wait_for is None else filelock.FileLock(f"{args.wait_for}.lock")
-
-    def turn() -> None:
-        if lock is not None:
-            while not args.wait_for.exists():
-                time.sleep(0.1)
-            lock.acquire()  # until this process ends
-
+    turn = make_turn(args.wait_for)
     for model in args.model:
-        shapes, spheres = describe_network(model)
-        training = None if args.batch is None else make_gradient(model, args.batch)
-        rows = measure(
-            shapes,
-            spheres,
-            args.rounds,
-            args.weight_decay,
-            training,
-            only=args.only,
-            torch=args.torch or args.only is None,
-            turn=turn,
-        )
-        parameters = sum(x.size for x in jax.tree.leaves(shapes))
-        what = "One step" if training is None else f"One training step with {args.batch} images"
-        title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
-        Console().print(make_table(rows, title))
-        if args.out:
-            path = args.out / make_file_name(model, bool(args.batch), bool(args.only))
-            words = ["python -m benchmarks.speed", "--model", model, "--rounds", args.rounds]
-            words += ["--weight-decay", f"{args.weight_decay:g}"]
-            words += ["--batch", args.batch] if args.batch else []
-            words += ["--only", *map(shlex.quote, args.only)] if args.only else []
-            words += ["--torch"] if args.torch else []
-            command = " ".join(map(str, words))
-            environment = report.describe_environment() | describe_torch()
-            about = {"command": command, "title": title, "environment": environment}
-            report.write_json(path, about | {"optimizers": rows})
-            print(f"written: {path}")
+        measure_model(model, args, turn)
 
 
 if __name__ == "__main__":

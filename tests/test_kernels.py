@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernels
-from benchmarks.measuring import hlo, parameters
+from benchmarks.measuring import contenders, h100, hlo, parameters
 from benchmarks.training import recipes
 from benchmarks.training.methods import OPTIMIZERS
 
@@ -204,7 +204,7 @@ def test_committed():
     assert content["command"] == (
         f"python -m benchmarks.kernels --model {' '.join(models)} --weight-decay 0"
     )
-    assert content["environment"]["device"] == kernels.DEVICE
+    assert content["environment"]["device"] == h100.DEVICE
     assert "jax-cuda13-plugin" in content["environment"]
     assert list(content["models"]) == models
     found = {name: model["optimizers"] for name, model in content["models"].items()}
@@ -213,7 +213,7 @@ def test_committed():
         assert all(sum(row["kinds"].values()) == row["kernels"] for row in rows.values())
     # The floor is a kernel for every array, and reads two arrays and writes one.
     for name, listed in parameters.LISTED.items():
-        floor = found[name][kernels.speed.FLOOR]
+        floor = found[name][contenders.FLOOR]
         assert floor["kernels"] == len(listed())
         assert floor["read_bytes"] == pytest.approx(2 * floor["written_bytes"], rel=1e-4)
 
@@ -230,7 +230,7 @@ def test_committed_training():
 
 
 @pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, kernels.COMPILERS)), reason="no compiler for NVIDIA GPUs"
+    not any(map(importlib.util.find_spec, h100.COMPILERS)), reason="no compiler for NVIDIA GPUs"
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_small():

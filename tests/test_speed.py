@@ -10,7 +10,7 @@ import pytest
 
 import spherical_optax as so
 from benchmarks import speed
-from benchmarks.measuring import parameters, speed_peers
+from benchmarks.measuring import contenders, optax_steps, parameters, speed_peers
 
 
 def test_parameters():
@@ -58,11 +58,11 @@ def test_ten_steps_in_one_call():
     """As an accelerator gets them, each with a gradient of its own: the same as ten calls."""
     shapes = {"kernel": jax.ShapeDtypeStruct((3, 3, 2, 4), jax.numpy.float32)}
     params, grads = {"kernel": jax.numpy.ones((3, 3, 2, 4))}, {}
-    grads["kernel"] = jax.random.normal(jax.random.key(0), (speed.EVERY, 3, 3, 2, 4))
+    grads["kernel"] = jax.random.normal(jax.random.key(0), (contenders.EVERY, 3, 3, 2, 4))
     spheres = jax.tree.map(lambda _: so.Sphere(), shapes)
-    tx = speed.make_optimizers(spheres, 0.0)["so.adamsrt"]
-    once, often = (speed.Step(tx, params, grads, scan=scan) for scan in (True, False))
-    speed.compile_all([once, often])
+    tx = contenders.make_optimizers(spheres, 0.0)["so.adamsrt"]
+    once, often = (optax_steps.Step(tx, params, grads, scan=scan) for scan in (True, False))
+    optax_steps.compile_all([once, often])
     for step in (once, often):
         step.run()
         assert step.seconds[0] > 0
@@ -85,7 +85,7 @@ def test_torch_steps():
     shapes, spheres = parameters.describe_network("small")
     params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), shapes)
     grads = jax.tree.map(lambda x: jax.numpy.ones((2, *x.shape)), shapes)
-    steps = speed.torch_steps(params, grads, spheres, 1e-3, 0.0, 2)
+    steps = speed_peers.make_torch_steps(params, grads, spheres, 1e-3, 0.0, 2)
     assert len(steps) >= 3
     for step in steps.values():
         step.run()

@@ -1,4 +1,4 @@
-"""The optimizers that users of PyTorch have, on the same parameters; nothing where it is missing."""
+"""Steps of PyTorch's optimizers on the same parameters; none where PyTorch is not installed."""
 
 import importlib
 import itertools
@@ -15,12 +15,12 @@ from benchmarks.cli import to_one_line
 
 
 class TorchStep:
-    """One optimizer of PyTorch with parameters of its own; see `benchmarks.speed.Step`.
+    """One optimizer of PyTorch with parameters of its own; the peer of `optax_steps.Step`.
 
-    `grads` are lists of gradients, one for each parameter, which take turns.
+    `grads` are lists of gradients, one gradient for each parameter; the lists take turns.
     """
 
-    temporary_bytes = None  # neither is known
+    temporary_bytes = None  # PyTorch tells neither
     compile_seconds = None
 
     def __init__(
@@ -53,7 +53,7 @@ class TorchStep:
 
 
 def find_synchronize(device: Any) -> Callable[[], None]:
-    """What waits for the work given to a device of PyTorch: a GPU's goes on after the call."""
+    """A function that waits until the device has done its work: a GPU works on after a call returns."""
     return _import_if_found("torch").cuda.synchronize if device.type == "cuda" else lambda: None
 
 
@@ -69,67 +69,84 @@ def describe_torch() -> dict[str, Any]:
     return versions | {"torch_threads": torch.get_num_threads()}
 
 
+class Tensors:
+    """JAX's parameters and gradients as tensors of PyTorch; `grads` have a leading axis."""
+
+    def __init__(self, params: Any, grads: Any, spheres: Any):
+        self._params, self._grads = _list_leaves(params), _list_leaves(grads)
+        self._spheres = _list_leaves(spheres)
+
+    def convert_params(self, convert: Callable[..., Any]) -> list[Any]:
+        return [convert(*pair) for pair in zip(self._params, self._spheres, strict=True)]
+
+    def convert_grads(self, convert: Callable[..., Any]) -> list[list[Any]]:
+        pairs = list(zip(self._grads, self._spheres, strict=True))
+        return [
+            [convert(g[step], sphere) for g, sphere in pairs] for step in range(len(self._grads[0]))
+        ]
+
+
+def to_tensor(x: Any, sphere: so.Sphere | None = None) -> Any:
+    """A copy in PyTorch's layout, on JAX's device: both libraries are timed there."""
+    del sphere
+    torch = _import_if_found("torch")
+    tensor = torch.from_dlpack(x)
+    tensor = tensor.movedim((-1, -2), (0, 1)) if tensor.ndim > 1 else tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def to_parameter(x: Any, sphere: so.Sphere | None = None) -> Any:
+    return _import_if_found("torch").nn.Parameter(to_tensor(x, sphere))
+
+
+def to_rows(x: Any, sphere: so.Sphere | None) -> Any:
+    """One filter is one point on a sphere, which is one row of a matrix."""
+    return to_tensor(x) if sphere is None else to_tensor(x).flatten(1)
+
+
+def to_manifold(x: Any, sphere: so.Sphere | None) -> Any:
+    torch, geoopt = _import_if_found("torch"), _import_if_found("geoopt")
+    rows = to_rows(x, sphere)
+    if sphere is None:
+        return torch.nn.Parameter(rows)
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return geoopt.ManifoldParameter(rows, manifold=geoopt.Sphere())
+
+
 def make_torch_steps(
     params: Any, grads: Any, spheres: Any, rate: float, weight_decay: float, every: int
 ) -> dict[str, TorchStep]:
-    """Of every library that is installed; `grads` holds gradients along a leading axis."""
+    """Steps of every library that is installed; `grads` holds gradients along a leading axis."""
     torch, adamp, other, geoopt = map(_import_if_found, LIBRARIES)
     if torch is None:
         return {}
-
-    def plain(x: Any, sphere: so.Sphere | None = None) -> Any:
-        """A copy in PyTorch's layout, on the device where JAX has it: both are timed there."""
-        del sphere
-        found = torch.from_dlpack(x)
-        found = found.movedim((-1, -2), (0, 1)) if found.ndim > 1 else found
-        return found.clone(memory_format=torch.contiguous_format)
-
-    def rows(x: Any, sphere: so.Sphere | None) -> Any:
-        """One filter is a point on a sphere: a row of a matrix."""
-        return plain(x) if sphere is None else plain(x).flatten(1)
-
-    def on_sphere(x: Any, sphere: so.Sphere | None) -> Any:
-        found = rows(x, sphere)
-        if sphere is None:
-            return torch.nn.Parameter(found)
-        found = found / found.norm(dim=1, keepdim=True)
-        return geoopt.ManifoldParameter(found, manifold=geoopt.Sphere())
-
-    def leaves_as(convert: Callable[..., Any], tree: Any) -> list[Any]:
-        return [
-            convert(*pair) for pair in zip(_list_leaves(tree), _list_leaves(spheres), strict=True)
-        ]
-
-    def gradients_as(convert: Callable[..., Any]) -> list[list[Any]]:
-        steps = range(len(jax.tree.leaves(grads)[0]))
-        return [leaves_as(convert, jax.tree.map(lambda g, i=i: g[i], grads)) for i in steps]
-
-    gradients = gradients_as(plain)
-
-    def step(make: Callable[[list[Any]], Any]) -> TorchStep:
-        copies = [torch.nn.Parameter(x) for x in leaves_as(plain, params)]
-        return TorchStep(make, copies, gradients, every)
-
+    tensors = Tensors(params, grads, spheres)
+    gradients = tensors.convert_grads(to_tensor)
     options: dict[str, Any] = {"lr": rate, "weight_decay": weight_decay}
-    adam = torch.optim.Adam
-    found = {
-        "torch Adam, single": step(lambda p: adam(p, **options, foreach=False, fused=False)),
-        "torch Adam, foreach": step(lambda p: adam(p, **options, foreach=True)),
-        "torch Adam, fused": step(lambda p: adam(p, **options, fused=True)),
+
+    def make_step(optimizer: Callable[..., Any], **more: Any) -> TorchStep:
+        def make(params: list[Any]) -> Any:
+            return optimizer(params, **options, **more)
+
+        return TorchStep(make, tensors.convert_params(to_parameter), gradients, every)
+
+    steps = {
+        "torch Adam, single": make_step(torch.optim.Adam, foreach=False, fused=False),
+        "torch Adam, foreach": make_step(torch.optim.Adam, foreach=True),
+        "torch Adam, fused": make_step(torch.optim.Adam, fused=True),
     }
     if adamp is not None:
-        found["adamp AdamP"] = step(lambda p: adamp.AdamP(p, **options))
+        steps["adamp AdamP"] = make_step(adamp.AdamP)
     if other is not None:
-        found["pytorch_optimizer AdamP"] = step(lambda p: other.AdamP(p, **options))
+        steps["pytorch_optimizer AdamP"] = make_step(other.AdamP)
     if geoopt is not None:
-        make = geoopt.optim.RiemannianAdam
-        found["geoopt RiemannianAdam"] = TorchStep(
-            lambda p: make(p, **options),
-            leaves_as(on_sphere, params),
-            gradients_as(rows),
+        steps["geoopt RiemannianAdam"] = TorchStep(
+            lambda params: geoopt.optim.RiemannianAdam(params, **options),
+            tensors.convert_params(to_manifold),
+            tensors.convert_grads(to_rows),
             every,
         )
-    return found
+    return steps
 
 
 def _import_if_found(name: str) -> Any:
@@ -137,7 +154,7 @@ def _import_if_found(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
-    except Exception as error:  # a library of CUDA that does not fit raises OSError, for example
+    except Exception as error:  # OSError, for example, from a CUDA library of another version
         print(f"{name} cannot be imported: {to_one_line(error)}", file=sys.stderr)
         return None
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import spherical_optax as so
-from benchmarks.training.trainer import Run
+from benchmarks.reporting import tables
+from benchmarks.training.run import Run
 
+HEADER = ("method", "optimizer", "rate", "test acc. %", "train loss", "ms/step", "B/param")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 
@@ -60,14 +61,8 @@ def format_mean_std(values: Sequence[float], digits: int) -> str:
 
 
 def make_table(results: Sequence[Result], title: str) -> Table:
-    rich_table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    rich_table.title_justify = rich_table.caption_justify = "left"
-    rich_table.add_column("method", no_wrap=True)
-    rich_table.add_column("optimizer", no_wrap=True)
-    for column in ("rate", "test acc. %", "train loss", "ms/step", "B/param"):
-        rich_table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        rich_table.add_row(
+    rows = [
+        (
             result.label,
             result.name,
             f"{result.learning_rate:g}",
@@ -76,10 +71,13 @@ def make_table(results: Sequence[Result], title: str) -> Table:
             f"{1e3 * result.step_time:.2f}",
             f"{result.state_bytes_per_parameter:.2f}",
         )
+        for result in results
+    ]
+    table = tables.to_rich(HEADER, rows, title, words=2)
     counts = {r.name: (sum(run.diverged for run in r.runs), len(r.runs)) for r in results}
-    lost = [f"{name}: {n} of {of} seeds diverged" for name, (n, of) in counts.items() if n]
-    rich_table.caption = "; ".join(lost) or None
-    return rich_table
+    lost = [f"{name}: {n} of {total} seeds diverged" for name, (n, total) in counts.items() if n]
+    table.caption, table.caption_justify = "; ".join(lost) or None, "left"
+    return table
 
 
 def to_json(result: Result) -> dict[str, Any]:
