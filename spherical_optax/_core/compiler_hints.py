@@ -1,7 +1,7 @@
-"""All that this package does for the compiler alone. No hint changes a result.
+"""Hints to XLA that change no result: the only file of the package that is about a compiler.
 
-Every hint says what it is for, its figure, and the version of JAX. A test fails when the hint is
-removed, or when the compiler no longer needs it: then the hint goes.
+Every hint names the version of JAX, the figure for which it is here, and the test that fails without it.
+A test also fails when the compiler no longer needs the hint: then the hint goes.
 """
 
 from typing import Any
@@ -11,16 +11,22 @@ import jax.numpy as jnp
 
 
 def depend_on(tree: Any, on: jax.Array) -> Any:
-    """Returns `tree`, which XLA then computes only after `on`, a number or an array of tree's shape.
+    """Returns `tree` unchanged, but makes it depend on `on`: one number, or an array of the same shape.
 
-    XLA copies an array that it overwrites in place while somebody still reads it, unless the one follows
-    from the other. The selection always takes `tree`: XLA does not see that, LLVM does and drops it.
-    `jax.lax.optimization_barrier` does not help. ResNet-18's parameters, JAX 0.10, CPU:
+    The computation of `on` then reads the old buffers before anything made from `tree` overwrites them
+    in place; otherwise XLA copies these buffers. `(on & 1) < 2` is always true: XLA does not see that,
+    LLVM does and drops the select. `jax.lax.optimization_barrier` does not help. Temporary memory of a
+    step on the parameters of a ResNet-18 (JAX 0.10, CPU), with the hint and without:
 
-    - `adamst` without weight decay: 0.1 MiB of temporary memory in place of 42.7, since <x, x> is
-      read before x is overwritten (tests/contract/test_memory.py).
+    - `adamst(1e-3, spheres)`: 0.1 and 42.7 MiB; tests/contract/test_memory.py;
+    - `track(optax.adam(1e-3), spheres, every=10)`: 45.5 and 127.8 MiB; `test_memory` in
+      tests/analysis/test_replay.py.
     """
     if jnp.issubdtype(on.dtype, jnp.floating):
         on = jax.lax.bitcast_convert_type(on, jnp.dtype(f"int{8 * on.dtype.itemsize}"))
     always = (on & 1) < 2
-    return jax.tree.map(lambda x: jax.lax.select(always, x, jnp.zeros_like(x)), tree)
+
+    def hold(x: Any) -> Any:
+        return jax.lax.select(always, x, jnp.zeros_like(x)) if jnp.ndim(x) else x
+
+    return jax.tree.map(hold, tree)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import spherical_optax as so
-from spherical_optax.analysis._tracking.updates_from_state import replay
+from spherical_optax.analysis._tracking.updates_from_state import get_replay
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -51,7 +51,7 @@ def _after_two_steps(tx):
 def test_the_updates_again(name):
     tx, grads, state, params = _after_two_steps(FROM_THE_STATE[name])
     updates, new = tx.update(grads, state, params)
-    again = replay(tx, grads, state, params)
+    again = get_replay(tx, grads, state, params)
     assert again is not None
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-6), again(new), updates)
     # It is the given state that is read.
@@ -60,7 +60,7 @@ def test_the_updates_again(name):
 
 @pytest.mark.parametrize("name", NOT_FROM_IT)
 def test_not_from_the_state(name):
-    assert replay(*_after_two_steps(NOT_FROM_IT[name])) is None
+    assert get_replay(*_after_two_steps(NOT_FROM_IT[name])) is None
 
 
 def test_effects_happen_once(capfd):

@@ -1,10 +1,11 @@
-"""Which optimizers have an `a` and a `b` that are known: Adam and SGD, by the moments in their state.
+"""Recognises Adam and SGD by the moments in their state, which give the a and the b of their step.
 
-An Optax optimizer is a pair of closures: nothing tells its b1 or eps. But its state names its moments,
-and what it does with moments that we choose tells the rest: it is run on a tiny tree of the same
-structure, at x = 0. Whether its real updates have the direction of a / b, `track` checks on each.
+The states of this package declare their moments by `MOMENTS`, and a user's states may do the same (see
+`spherical_optax._core.moments`). Optax's states are listed here. The moments alone tell neither b1 nor
+eps: `probe` finds these. `measure` then tests whether each update has the direction of a / b.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,34 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.groups import ArrayGroups, Groups
+from spherical_optax._core.groups import Groups
+from spherical_optax._core.moments import Moments, get_moments
 from spherical_optax._core.paths import Path, leaves_with_paths
-from spherical_optax._core.safe_math import upcast
-from spherical_optax._optimizers.adamg_star import MirroredRadiusState
-from spherical_optax._optimizers.adamp import TangentialState
-from spherical_optax._transforms.constraints import RetractState
-from spherical_optax._transforms.momentum import EmaState, TraceState
-from spherical_optax._transforms.quotient import QuotientState
-from spherical_optax._transforms.second_moment import RmsState
 
-# Moments and gradients of the coordinates of a small group. The first two tell b, for a second moment
-# beside which eps does not show and for one beside which it does; the others test it.
-_FIRST = (1.0, 1.0, -1.0, 2.0, 1.0, 0.0)
-_SECOND = (1.0, 1e-16, 1e-4, 1e-8, 1e-12, 1e-6)
-_GRADS = (0.0, 0.0, 0.0, 0.0, 0.0, 1e-2)
-_WIDTH = len(_FIRST)
-
-# States whose moments are read, by the names of their fields.
-_MOMENTS: dict[type, tuple[str | None, str | None]] = {
-    optax.ScaleByAdamState: ("mu", "nu"),
-    optax.TraceState: ("trace", None),
-    EmaState: ("ema", None),
-    TraceState: ("trace", None),
-    RmsState: (None, "nu"),
+# The states of Optax that hold moments.
+OPTAX_MOMENTS: dict[type, Moments] = {
+    optax.ScaleByAdamState: Moments(average="mu", square="nu"),
+    optax.TraceState: Moments(sum="trace"),
 }
-# Other states, with the fields whose arrays do not matter. Any other array may be a momentum too, and
-# other states, such as that of `optax.apply_if_finite`, may do anything.
-_NEUTRAL: dict[type, tuple[str, ...]] = {
+# The states of Optax that change neither a nor b, and their fields with arrays that may be ignored. An
+# array in any other field may be a momentum too. A state of any other class, such as that of
+# `optax.apply_if_finite`, may belong to an optimizer that does anything.
+OPTAX_NEUTRAL: dict[type, tuple[str, ...]] = {
     optax.EmptyState: (),
     optax.MaskedNode: (),
     optax.MaskedState: (),
@@ -47,248 +33,163 @@ _NEUTRAL: dict[type, tuple[str, ...]] = {
     optax.transforms.PartitionState: (),
     optax.schedules.InjectHyperparamsState: (),
     optax.schedules.InjectStatefulHyperparamsState: (),
-    MirroredRadiusState: ("radius_squared",),
-    TangentialState: (),
-    RetractState: ("kept",),
-    QuotientState: (),
-    EmaState: ("kept",),
-    TraceState: ("kept",),
 }
 
 
-class Rule(NamedTuple):
-    """What the a and b of a leaf are made of."""
+class Recognised(NamedTuple):
+    """What the a and the b of one leaf are made of."""
 
-    elementwise: bool  # b varies within a group
-    momentum: bool  # a is in the state; else it is the gradient
-    averaged: bool  # a is m / (1 - b1); else it is m
-    node: int  # the part of the state that its moments are in
+    elementwise: bool  # b varies within a group: it is sqrt(v) + eps
+    has_momentum: bool  # a comes from a moment in the state; if false, a is the gradient
+    averaged: bool  # a is m / (1 - b1); if false, a is m
+    node: int  # the number of the state that holds the first moment, -1 without one
 
 
-class Moments(NamedTuple):
-    """What a state holds of a and b, by the path of the parameter."""
+class FoundMoments(NamedTuple):
+    """The moments in a state, by the path of their parameter."""
 
     first: dict[Path, Any]
-    second: dict[Path, Any]  # per coordinate or per group
-    averaged: set[Path]
+    second: dict[Path, Any]  # one number per coordinate or per group
+    averaged: set[Path]  # the paths at which the first moment is an average and not a sum
     node: dict[Path, int]
 
 
-class Response(NamedTuple):
-    """Of one leaf: a = m / gain, and b is in proportion to sqrt(v) + eps."""
+def recognise(state: Any, params: Any, groups: Groups, trust: bool) -> list[Recognised | None]:
+    """For each leaf what its a and b are made of, None where that is not known.
 
-    gain: Any
-    eps: Any
-
-
-def rules(tx: optax.GradientTransformation, params: Any, groups: Groups) -> list[Rule | None]:
-    """For each leaf what its a and b are made of, None where that is not known."""
-
-    def run():
-        tiny = _tiny(params, groups)
-        return tx.update(tiny, tx.init(tiny), tiny)[1]
-
-    nothing: list[Rule | None] = [None] * len(groups.leaves)
-    try:
-        real = jax.eval_shape(tx.init, params)
-        program, small = jax.make_jaxpr(run, return_shape=True)()
-    except Exception:  # it may need the loss, values, or arrays of a certain size
-        return nothing
-    if program.effects:  # prints and callbacks are for the real tree
-        return nothing
-    moments = _moments(real)
-    # Labels that depend on sizes would treat the tiny tree otherwise.
-    if moments is None or jax.tree.structure(real) != jax.tree.structure(small):
-        return nothing
-    found = [_rule(path, x, moments) for path, x in _leaves(params)]
-    for tie in groups.ties:  # a bias may have as many groups as entries; all have one rate, or none
-        together = all((rule := found[i]) is None or rule.elementwise for i in tie)
-        whole = all(found[i] is not None for i in tie)
+    Args:
+      state: the optimizer state, or its shapes.
+      params: tree of parameters.
+      groups: spheres matched with `params`.
+      trust: whether states of unknown classes may be present that hold numbers only, and whether
+        declared states may hold large arrays that are no moments.
+    """
+    moments = find_moments(state)
+    if moments is None or not _is_understood(state, groups, trust):
+        return [None] * len(groups.leaves)
+    found = [_recognise_leaf(path, x, moments) for path, x in list_leaves(params)]
+    # Tied leaves form their groups together and have one rate or none. A bias in a tie may have one
+    # entry per group: one second moment per group then has the shape of one per coordinate.
+    for tie in groups.ties:
+        elementwise = all((leaf := found[i]) is None or leaf.elementwise for i in tie)
+        all_known = all(found[i] is not None for i in tie)
         for i in tie:
-            rule = found[i]
-            found[i] = rule._replace(elementwise=together) if whole and rule else None
+            leaf = found[i]
+            found[i] = leaf._replace(elementwise=elementwise) if all_known and leaf else None
     return found
 
 
-def _if_scalar(own: Any, real: Any) -> Any:
-    """The real one if it is one number, in the precision of its place: a parameter may be one too."""
-    if jnp.ndim(real):
-        return own
-    inexact = all(jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in (own, real))
-    return jnp.asarray(real, jnp.result_type(own)) if inexact else real
+def find_moments(state: Any) -> FoundMoments | None:
+    """The moments in a state, None if two of a kind belong to one parameter."""
+    found = FoundMoments({}, {}, set(), {})
+    for number, node in enumerate(_iterate_states(state)):
+        names = get_moment_names(node) or Moments()
+        for name, into in (
+            (names.average, found.first),
+            (names.sum, found.first),
+            (names.square, found.second),
+        ):
+            arrays = dict(list_arrays(getattr(node, name))) if name else {}
+            if not into.keys().isdisjoint(arrays):
+                return None
+            into.update(arrays)
+            found.node.update(dict.fromkeys(arrays, number))
+            if name == names.average:
+                found.averaged.update(arrays)
+    return found
 
 
-def respond(
-    tx: optax.GradientTransformation,
-    params: Any,
-    state: Any,
-    found: list[Rule | None],
-    groups: Groups,
-) -> list[Response | None]:
-    """The `Response` of each leaf at the step and with the hyperparameters of `state`."""
-    tiny = _tiny(params, groups)
-    grads, first, second = (_tiny(params, groups, v) for v in (_GRADS, _FIRST, _SECOND))
-    # Counts, hyperparameters and whatever else is one number are those of the step in question.
-    scalars = jax.tree.map(_if_scalar, tx.init(tiny), state)
-    updates, after = tx.update(grads, _fill(scalars, first, second), tiny)
-    columns = ([x for _, x in _leaves(updates)], *moments_of(after, tiny))
-
-    # The leaves of one Adam have its b1 and eps in common: the others need not be compiled.
-    answers: dict[int, Response] = {}
-    leaves = zip(found, groups.leaves, _leaves(tiny), *columns, strict=True)
-    for rule, leaf, (_, x), q, m, v in leaves:
-        if rule is None or rule.node in answers or not rule.momentum or not _axis(leaf, x):
-            continue
-        axis = _axis(leaf, x)[0]
-        v = _along(axis, v) if rule.elementwise else None
-        answers[rule.node] = _response(_along(axis, q), _along(axis, m), v, rule.averaged)
-    return [answers.get(rule.node, Response(1.0, 0.0)) if rule else None for rule in found]
+def get_leaf_moments(state: Any, params: Any) -> tuple[list[Any], list[Any]]:
+    """First and second moments in a state, one per leaf of `params`, None where there is none."""
+    found = find_moments(state)
+    assert found is not None
+    paths = [path for path, _ in list_leaves(params)]
+    return [found.first.get(p) for p in paths], [found.second.get(p) for p in paths]
 
 
-def _response(q: jax.Array, m: jax.Array, v: jax.Array | None, averaged: bool) -> Response:
-    """From the updates of a small group and the moments that they left; NaN if they are not m / b."""
-    tolerance = 0.01 + 4 * max(float(jnp.finfo(y.dtype).eps) for y in (q, m))
-    gain = 1 - m[0] if averaged else jnp.ones_like(m[0])
-    gain, q, m = (upcast(y) for y in (gain, q, m))
-    moved = q != 0
-    b = m / jnp.where(moved, q, 1)
-    if v is None:
-        eps, expected = jnp.zeros_like(gain), b[0]
-    else:
-        # b is a line in sqrt(v), of which only offset over slope matters.
-        root = jnp.sqrt(upcast(v)).astype(m.dtype)
-        slope = (b[0] - b[1]) / (root[0] - root[1])
-        there = slope != 0
-        eps = jnp.maximum(b[1] / jnp.where(there, slope, 1) - root[1], 0)
-        expected = slope * (root + eps)
-    # At a learning rate of 0, nothing tells.
-    fits = jnp.all(jnp.abs(q * expected - m) <= tolerance * jnp.abs(m)) | ~jnp.any(moved)
-    return Response(jnp.where(fits, gain, jnp.nan), eps)
+def get_moment_names(node: Any) -> Moments | None:
+    """The fields of a state that hold moments; None if its class is neither listed nor declares them."""
+    names = OPTAX_MOMENTS.get(type(node)) or get_moments(node)
+    if not is_state(node) or not isinstance(names, Moments):
+        return None
+    if missing := [name for name in names if name and name not in node._fields]:
+        raise ValueError(
+            f"track: MOMENTS of {type(node).__name__} names {missing[0]!r}, which is none of its fields "
+            f"{', '.join(node._fields)}"
+        )
+    return names
 
 
-def moments_of(state: Any, params: Any) -> tuple[list[Any], list[Any]]:
-    """First and second moments of a state by leaf of `params`, None where it has none."""
-    moments = _moments(state)
-    assert moments is not None
-    paths = [path for path, _ in _leaves(params)]
-    return [moments.first.get(p) for p in paths], [moments.second.get(p) for p in paths]
-
-
-def _leaves(tree: Any) -> list[tuple[Path, Any]]:
+def list_leaves(tree: Any) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with their paths; a None is a leaf."""
     return leaves_with_paths(tree, lambda x: x is None)[0]
 
 
-def _nodes(state: Any) -> Iterator[Any]:
-    """All named tuples of a state, the outer ones first."""
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        yield state
-    if isinstance(state, tuple | list):
-        for child in state:
-            yield from _nodes(child)
-    elif isinstance(state, dict):
-        for child in state.values():
-            yield from _nodes(child)
-
-
-def _moments(state: Any) -> Moments | None:
-    """None if there is anything in the state that is not understood."""
-    moments = Moments({}, {}, set(), {})
-    understood = 0
-    for number, node in enumerate(_nodes(state)):
-        names = _MOMENTS.get(type(node), (None, None))
-        neutral = _NEUTRAL.get(type(node), () if node._fields == ("count",) else None)
-        if not any(names) and neutral is None:
-            return None
-        understood += sum(_count(getattr(node, name)) for name in neutral or ())
-        for name, into in zip(names, (moments.first, moments.second), strict=True):
-            new = dict(_arrays(getattr(node, name))) if name else {}
-            if not into.keys().isdisjoint(new):
-                return None
-            into.update(new)
-            understood += _count(new)
-            moments.node.update(dict.fromkeys(new, number))
-        if isinstance(node, optax.ScaleByAdamState | EmaState):
-            moments.averaged.update(path for path, _ in _arrays(getattr(node, names[0] or "")))
-    return moments if understood == _count(state) else None
-
-
-def _count(tree: Any) -> int:
-    """How many arrays, numbers aside."""
-    return sum(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
-
-
-def _arrays(tree: Any) -> list[tuple[Path, Any]]:
+def list_arrays(tree: Any) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with their paths, without those that are None."""
     return [(path, x) for path, x in leaves_with_paths(tree, lambda _: False)[0] if x is not None]
 
 
-def _rule(path: Path, x: Any, moments: Moments) -> Rule | None:
+def _recognise_leaf(path: Path, x: Any, moments: FoundMoments) -> Recognised | None:
     v = moments.second.get(path)
     if x is None or (v is not None and path not in moments.first):
         return None
     elementwise = v is not None and jnp.shape(v) == jnp.shape(x)
     node = moments.node.get(path, -1)
-    return Rule(elementwise, path in moments.first, path in moments.averaged, node)
+    return Recognised(elementwise, path in moments.first, path in moments.averaged, node)
 
 
-def _along(axis: int, x: jax.Array) -> jax.Array:
-    """The first of the small groups."""
-    return x[tuple(slice(None) if k == axis else 0 for k in range(jnp.ndim(x)))]
+def is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
-def _tiny(params: Any, groups: Groups, values: tuple[float, ...] = (0.0,) * _WIDTH) -> Any:
-    """The structure of the parameters and, for each index of a block, one small group of the values."""
-
-    def shape(leaf: ArrayGroups | None, x: Any) -> tuple[int, ...]:
-        sizes = [1] * jnp.ndim(x)
-        if leaf is not None and leaf.axes and leaf.counts[-1] != leaf.shape[leaf.axes[-1]]:
-            sizes[leaf.axes[-1]] = leaf.counts[-1]
-        for axis in _axis(leaf, x):
-            sizes[axis] = _WIDTH
-        return tuple(sizes)
-
-    def filled(leaf: ArrayGroups | None, x: Any) -> jax.Array:
-        found = jnp.zeros(shape(leaf, x), jnp.result_type(x))
-        for axis in _axis(leaf, x):
-            row = [_WIDTH if k == axis else 1 for k in range(jnp.ndim(x))]
-            found = found + jnp.asarray(values, found.dtype).reshape(row)
-        return upcast(found)
-
-    leaves = groups.treedef.flatten_up_to(params)
-    return jax.tree.unflatten(
-        groups.treedef,
-        [
-            None if x is None else filled(leaf, x)
-            for leaf, x in zip(groups.leaves, leaves, strict=True)
-        ],
-    )
+def _iterate_states(state: Any) -> Iterator[Any]:
+    """Yields all named tuples in a state, each before those inside it."""
+    if is_state(state):
+        yield state
+    if isinstance(state, tuple | list):
+        for child in state:
+            yield from _iterate_states(child)
+    elif isinstance(state, dict):
+        for child in state.values():
+            yield from _iterate_states(child)
 
 
-def _axis(leaf: ArrayGroups | None, x: Any) -> tuple[int, ...]:
-    """The axis along which the small groups extend, if there is one; off the spheres the first."""
-    if leaf is None:
-        return tuple(range(jnp.ndim(x)))[:1]
-    return leaf.summed[:1] if leaf.size > 1 else ()
+def _is_understood(state: Any, groups: Groups, trust: bool) -> bool:
+    """Whether every array in the state is a moment, or cannot be one."""
+    understood = 0
+    for node in _iterate_states(state):
+        names = get_moment_names(node)
+        if names is None:
+            neutral = OPTAX_NEUTRAL.get(type(node), () if node._fields == ("count",) else None)
+            if neutral is None and not trust:
+                return False
+            understood += sum(_count_arrays(getattr(node, name)) for name in neutral or ())
+            continue
+        for name in node._fields:
+            if name in names:
+                understood += _count_arrays(getattr(node, name))
+            elif trust or _is_per_group(getattr(node, name), groups):
+                understood += len(_list_own_arrays(getattr(node, name)))
+    return understood == _count_arrays(state)
 
 
-def _fill(state: Any, first: Any, second: Any) -> Any:
-    """The state with other moments: by path, and 1 where there is one for a whole group."""
+def _count_arrays(tree: Any) -> int:
+    """The number of arrays in a tree; plain numbers do not count."""
+    return sum(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
 
-    def other(tree: Any, values: Any) -> Any:
-        by_path = dict(_arrays(values))
-        leaves, treedef = leaves_with_paths(tree, lambda _: False)
-        found = [
-            x
-            if x is None or path not in by_path
-            else by_path[path].astype(x.dtype)
-            if by_path[path].shape == x.shape
-            else jnp.ones_like(x)
-            for path, x in leaves
-        ]
-        return jax.tree.unflatten(treedef, found)
 
-    def fill(node: Any) -> Any:
-        for name, values in zip(_MOMENTS.get(type(node), ()), (first, second), strict=False):
-            node = node._replace(**{name: other(getattr(node, name), values)}) if name else node
-        return node
+def _list_own_arrays(field: Any) -> list[Any]:
+    """The arrays in a field of a state, without those in states inside it."""
+    leaves = jax.tree.leaves(field, is_leaf=is_state)
+    return [x for x in leaves if not is_state(x) and jnp.ndim(x) > 0]
 
-    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, tuple(_MOMENTS)))
+
+def _is_per_group(field: Any, groups: Groups) -> bool:
+    """Whether the arrays of a field are as small as one number per group.
+
+    Larger arrays may be a momentum: an inner transformation may keep it in a bare tree, such as the b of
+    `so.quotient(a, b)`.
+    """
+    numbers = sum(math.prod(jnp.shape(x)) for x in _list_own_arrays(field))
+    return numbers <= sum(math.prod(leaf.counts) for leaf in groups.leaves if leaf is not None)
