@@ -11,6 +11,9 @@ from ..optimizers import TABLE
 
 P = jax.sharding.PartitionSpec
 STEPS = 20
+STEPS_OF_TWO_PROCESSES = (
+    4  # every step sends its sums through sockets; `track` has measured by then
+)
 TOLERANCE = {"muonh": 1e-5}  # its iteration multiplies rounding errors; 1e-6 for the others
 # leaf -> shape, sphere, partition
 LEAVES = {
@@ -52,8 +55,8 @@ def sharded(seed, mesh):
     }
 
 
-def run(name, place):
-    """The compiled step, and what twenty of it make of the parameters and the state."""
+def run(name, place, steps=STEPS):
+    """The compiled step, and the parameters before each step and after the last."""
     tx = OPTIMIZERS[name]()
     params = place(0)
     sharding = {x.shape: x.sharding for x in params.values()}  # the shapes tell the arrays apart
@@ -71,6 +74,8 @@ def run(name, place):
         state = quick_jit(tx.init, out_shardings=shardings(like))(params)
         step = quick_jit(once, out_shardings=(shardings(params), shardings(like)))
         compiled = step.lower(params, state, params).compile()
-    for seed in range(1, STEPS + 1):
+    path = [params]
+    for seed in range(1, steps + 1):
         params, state = compiled(params, state, place(seed))
-    return compiled, params, state
+        path.append(params)
+    return compiled, path

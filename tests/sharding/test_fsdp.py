@@ -1,5 +1,6 @@
 """Fully sharded parameters, gradients and state: the same numbers, and no large array is sent."""
 
+import functools
 import os
 import re
 import socket
@@ -33,18 +34,19 @@ def assert_close(actual, expected, name):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def alone(seed):
-    return jax.tree.map(jnp.asarray, fsdp.values(seed))
+@functools.cache
+def run_on_one_device(name):
+    return fsdp.run(name, lambda seed: jax.tree.map(jnp.asarray, fsdp.values(seed)))
 
 
 @pytest.mark.parametrize("name", fsdp.OPTIMIZERS)
 def test_fsdp(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    program, params, _ = fsdp.run(name, lambda seed: fsdp.sharded(seed, mesh))
-    single, expected, _ = fsdp.run(name, alone)
-    for leaf, x in params.items():
+    program, path = fsdp.run(name, lambda seed: fsdp.sharded(seed, mesh))
+    single, expected = run_on_one_device(name)
+    for leaf, x in path[-1].items():
         assert x.sharding.spec == fsdp.LEAVES[leaf][2]
-        assert_close(x, expected[leaf], name)
+        assert_close(x, expected[-1][leaf], name)
     assert not sent(single)
     if name != "muonh":  # whose matrices are multiplied
         assert max(sent(program), default=0) <= fsdp.GROUPS
@@ -81,8 +83,9 @@ assert (jax.process_count(), jax.device_count()) == (2, 8)
 mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 found = {}
 for name in fsdp.OPTIMIZERS:
-    _, params, _ = fsdp.run(name, lambda seed: fsdp.sharded(seed, mesh))
-    gathered = multihost_utils.process_allgather(params, tiled=True)
+    steps = fsdp.STEPS_OF_TWO_PROCESSES
+    _, path = fsdp.run(name, lambda seed: fsdp.sharded(seed, mesh), steps)
+    gathered = multihost_utils.process_allgather(path[-1], tiled=True)
     found |= {f"{name}/{leaf}": x for leaf, x in gathered.items()}
 if jax.process_index() == 0:
     np.savez(sys.argv[3], **found)
@@ -106,6 +109,6 @@ def test_two_processes(tmp_path):
     assert [worker.wait(timeout=1200) for worker in workers] == [0, 0]
     with np.load(out) as found:
         for name in fsdp.OPTIMIZERS:
-            _, expected, _ = fsdp.run(name, alone)
-            for leaf, x in expected.items():
+            _, expected = run_on_one_device(name)
+            for leaf, x in expected[fsdp.STEPS_OF_TWO_PROCESSES].items():
                 assert_close(found[f"{name}/{leaf}"], x, name)
