@@ -1,9 +1,12 @@
 """Optimizers and measurements for normalised networks in JAX.
 
-Weights followed by a normalisation layer do not change the network when they are scaled, so what
-training really does happens on the unit sphere of each filter. See `Sphere` for how to say which
-parameters live on spheres, `adamsrt` and its siblings for optimizers, `ema`, `rms` and the other
-building blocks to make your own.
+Weights followed by a normalisation layer can be scaled without changing the network: training really
+happens on the unit sphere of each filter. `Sphere` describes which parameters live on spheres.
+`adamsrt` and its siblings are complete optimizers. `ema`, `rms` and the other building blocks are for
+optimizers of your own.
+
+Numbers in brackets, such as [19], are equations of the paper, "A spherical analysis of Adam with Batch
+Normalization".
 """
 
 from spherical_optax import analysis, geometry

@@ -1,13 +1,16 @@
 r"""Geometry of the unit sphere of every group, on trees.
 
-Notation of the paper: x in R^d a group of parameters, r = ||x||, u = x / r, and q_perp = q - <q, u> u
-the tangential part at u of a vector q. `spheres` says how each leaf splits into groups (see
-`spherical_optax.Sphere`); sums over a group are taken in at least float32, and what is returned per
-group has the shape of the parameter with the summed axes kept at length 1, so `(1, 1, 1, out)` for a
-`(kh, kw, in, out)` kernel. Leaves off the spheres are flat space: nothing to project or transport there.
+Notation of the paper: x in R^d is a group of parameters, r = ||x|| its radius, u = x / r its direction,
+and q_perp = q - <q, u> u the tangential part of a vector q at u. `spheres` describes how each leaf
+splits into groups (see `spherical_optax.Sphere`).
 
-Everything is safe at zero, in value and in gradient: a group of radius 0 has no direction, and is
-left as it is. Squares are summed, so in float32 lengths from about 1e-18 to 1e18 make sense.
+A group-sized tree has one number per group: the shape of the parameter with the summed axes kept at
+length 1, such as `(1, 1, 1, out)` for a `(kh, kw, in, out)` kernel, and None off the spheres. Sums over
+a group are taken in at least float32. Leaves off the spheres are flat space: no function projects or
+transports there.
+
+Every function is safe at zero, in value and in gradient: a group of radius 0 has no direction, and
+stays as it is. Because squares are summed, lengths in float32 have to lie between about 1e-18 and 1e18.
 """
 
 from typing import Any
@@ -42,13 +45,15 @@ def __dir__() -> list[str]:
 def dot(x: Any, y: Any, spheres: Spheres) -> Any:
     """Inner product <x, y> within each group.
 
+    Use this when you need squared lengths, cosines or radial parts per group.
+
     Args:
       x: tree of arrays.
       y: tree like `x`.
       spheres: how the leaves split into groups.
 
     Returns:
-      A group-sized tree: keepdims shapes, at least float32, None off the spheres.
+      A group-sized tree, in at least float32.
 
     Raises:
       ValueError: if `spheres` does not fit `x`.
@@ -65,7 +70,14 @@ def dot(x: Any, y: Any, spheres: Spheres) -> Any:
 def norm(x: Any, spheres: Spheres) -> Any:
     """Radius r = ||x|| of each group; its gradient at 0 is 0.
 
-    Args and returns as for `dot`.
+    Use this when you want to watch the radii of weights, or the lengths of gradients and steps.
+
+    Args:
+      x: tree of arrays.
+      spheres: how the leaves split into groups.
+
+    Returns:
+      A group-sized tree, in at least float32.
 
     Raises:
       ValueError: if `spheres` does not fit `x`.
@@ -80,7 +92,17 @@ def norm(x: Any, spheres: Spheres) -> Any:
 
 
 def scale(x: Any, factors: Any, spheres: Spheres) -> Any:
-    """Multiplies each group by a number of its own: `factors` is group-sized.
+    """Multiplies each group by its own number.
+
+    Use this when you want to change radii or lengths and keep directions.
+
+    Args:
+      x: tree of arrays.
+      factors: a group-sized tree.
+      spheres: how the leaves split into groups.
+
+    Returns:
+      A tree like `x`; leaves off the spheres unchanged.
 
     Raises:
       ValueError: if `spheres` does not fit `x`.
@@ -95,6 +117,12 @@ def scale(x: Any, factors: Any, spheres: Spheres) -> Any:
 
 def direction(x: Any, spheres: Spheres) -> Any:
     """Point on the unit sphere u = x / r; a zero group stays zero.
+
+    Use this when you want to compare weights without their radii.
+
+    Args:
+      x: tree of arrays.
+      spheres: how the leaves split into groups.
 
     Returns:
       A tree like `x`; leaves off the spheres unchanged.
@@ -113,10 +141,12 @@ def direction(x: Any, spheres: Spheres) -> Any:
 
 
 def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
-    """Tangential part q_perp = q - <q, u> u of `vectors` at `point`, which may have any radius.
+    """Tangential part q_perp = q - <q, u> u of `vectors` at `point`.
+
+    Use this when you want the part of a gradient or step that moves the point on its sphere.
 
     Args:
-      point: tree of parameters x.
+      point: tree of parameters x, of any radius.
       vectors: tree of vectors q, like `point`.
       spheres: how the leaves split into groups.
 
@@ -141,9 +171,13 @@ def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
 def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
     r"""Parallel transport of the tangential part of `vectors` along the great circle.
 
-    Gamma_u^w(m) = m - <m, w> / (1 + <u, w>) (u + w) for m tangent at u (section 4.2), with u and w the
-    directions of `start` and `end`. The radial part at `start` is dropped: it says nothing about the
-    function. The optimizers do not need this: see `spherical_optax.ema` for what they do instead.
+    Use this when you want to compare tangent vectors at two points, such as gradients of two steps.
+
+    Gamma_u^w(m) = m - <m, w> / (1 + <u, w>) (u + w)
+
+    Here m is tangent at u, and u and w are the directions of `start` and `end`. The radial part at
+    `start` is dropped: it has no effect on the function of the network. The optimizers use a projection
+    instead, which needs no old parameters: see `spherical_optax.ema`.
 
     Args:
       start: tree of points, of any radius.
@@ -152,9 +186,9 @@ def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
       spheres: how the leaves split into groups.
 
     Returns:
-      A tree like `vectors`, tangent at `end`, of the length of the tangential part. Unchanged where
-      either point is zero and off the spheres. At antipodes, where every great circle is shortest,
-      the tangential part itself.
+      A tree like `vectors`, tangent at `end`, of the length of the tangential part. Vectors are
+      unchanged where either point is zero, and off the spheres. At antipodes every great circle is
+      shortest: there the result is the tangential part itself.
 
     Raises:
       ValueError: if `spheres` does not fit `vectors`.
@@ -167,10 +201,10 @@ def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
     Source: section 4.2 and appendix D.2 of the paper.
     """
     groups = match(spheres, vectors)
-    u, w = _unit(start, groups), _unit(end, groups)
+    u, w = _compute_direction(start, groups), _compute_direction(end, groups)
     both = groups.map(lambda a, b: a + b, u, w)
-    tangent = project(u, _float(vectors), groups)
-    # <m, w> = <m, u + w> and 1 + <u, w> = ||u + w||^2 / 2, which keeps its digits near the antipode.
+    tangent = project(u, _upcast_tree(vectors), groups)
+    # <m, w> = <m, u + w> and 1 + <u, w> = ||u + w||^2 / 2: this form is accurate near the antipode.
     bend = groups.map_per_group(
         lambda mw, ss, uu, ww: jnp.where(
             is_zero(uu) | is_zero(ww), 0.0, divide_or_zero(2 * mw, ss)
@@ -185,11 +219,13 @@ def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
 
 
 def exp(point: Any, velocity: Any, spheres: Spheres) -> Any:
-    """Exponential map Exp_u(v) = cos(||v||) u + sin(||v||) v / ||v||: where the geodesic ends.
+    """Exponential map Exp_u(v) = cos(||v||) u + sin(||v||) v / ||v||: the end of a geodesic.
+
+    Use this when you want to move a point on the unit sphere by an exact angle.
 
     Args:
       point: tree of points u on the unit spheres.
-      velocity: tree of tangent vectors v, lengths in radians.
+      velocity: tree of tangent vectors v; their lengths are angles in radians.
       spheres: how the leaves split into groups.
 
     Returns:
@@ -203,20 +239,22 @@ def exp(point: Any, velocity: Any, spheres: Spheres) -> Any:
     {'w': Array([[-0.],
            [ 1.]], dtype=float32)}
 
-    Source: Theorem 2, [10].
+    Source: Theorem 2 of the paper, equation [10].
     """
     groups = match(spheres, point)
     length = norm(velocity, groups)
     sinc = groups.map_per_group(lambda n: divide_or_one(jnp.sin(n), n), length)
     return groups.map(
-        lambda u, v, n, s: jnp.cos(n) * u + s * v, point, velocity, length, sinc, off=_straight
+        lambda u, v, n, s: jnp.cos(n) * u + s * v, point, velocity, length, sinc, off=_add_step
     )
 
 
 def log(start: Any, end: Any, spheres: Spheres) -> Any:
-    """Velocity at the direction of `start` whose geodesic reaches that of `end` at time 1.
+    """Velocity of the geodesic that reaches the direction of `end` from that of `start` at time 1.
 
-    log_u(w) = theta (w - <w, u> u) / ||w - <w, u> u|| with theta the angle between them, in radians.
+    Use this when you want the tangent vector between two points; its length is their angle in radians.
+
+    log_u(w) = theta (w - <w, u> u) / ||w - <w, u> u||,  theta the angle between u and w
 
     Args:
       start: tree of points, of any radius.
@@ -224,8 +262,8 @@ def log(start: Any, end: Any, spheres: Spheres) -> Any:
       spheres: how the leaves split into groups.
 
     Returns:
-      A tree like `start`, tangent there; zero where a point is zero, and at antipodes, where it is not
-      determined; `end - start` off the spheres.
+      A tree like `start`, tangent there. It is zero where a point is zero, and at antipodes, where the
+      velocity is not determined; `end - start` off the spheres.
 
     Raises:
       ValueError: if `spheres` does not fit `start`.
@@ -235,10 +273,10 @@ def log(start: Any, end: Any, spheres: Spheres) -> Any:
     {'w': Array([[0.   ],
            [1.571]], dtype=float32)}
 
-    Source: the inverse of the exponential map of Theorem 2, [10].
+    Source: the inverse of the exponential map of Theorem 2 of the paper, equation [10].
     """
     groups = match(spheres, start)
-    u, w = _unit(start, groups), _unit(end, groups)
+    u, w = _compute_direction(start, groups), _compute_direction(end, groups)
     tangent = project(u, w, groups)
     factor = groups.map_per_group(divide_or_one, angle(start, end, groups), norm(tangent, groups))
     velocity = scale(tangent, factor, groups)
@@ -246,7 +284,9 @@ def log(start: Any, end: Any, spheres: Spheres) -> Any:
 
 
 def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> Any:
-    """The straight step brought back to the sphere: R (x + v) / ||x + v||.
+    """Takes a straight step and returns to the sphere: R (x + v) / ||x + v||.
+
+    Use this when a straight step, in place of a geodesic, should end at radius R.
 
     Args:
       point: tree of points x, of any radius.
@@ -255,7 +295,7 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
       radius: R, a number or a group-sized tree; None keeps ||x||.
 
     Returns:
-      A tree like `point`. A group stays at x + v where x, x + v or R is zero, and off the spheres.
+      A tree like `point`. The result is x + v where x, x + v or R is zero, and off the spheres.
 
     Raises:
       ValueError: if `spheres` does not fit `point`.
@@ -282,16 +322,22 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
         before,
         after,
     )
-    return groups.map(lambda x, v, f: f * (x + v), point, velocity, factor, off=_straight)
+    return groups.map(lambda x, v, f: f * (x + v), point, velocity, factor, off=_add_step)
 
 
 def angle(start: Any, end: Any, spheres: Spheres) -> Any:
     """Angle between the directions of two points, 2 atan2(||u - w||, ||u + w||), in radians.
 
-    In this form it keeps its digits for tiny angles and near pi, unlike arccos <u, w>.
+    Use this when you want to know how far a group has turned. Unlike arccos <u, w>, this form is
+    accurate for tiny angles and near pi.
+
+    Args:
+      start: tree of points, of any radius.
+      end: tree of points, of any radius.
+      spheres: how the leaves split into groups.
 
     Returns:
-      A group-sized tree in [0, pi], None off the spheres; 0 where a point is zero.
+      A group-sized tree of angles in [0, pi]; 0 where a point is zero.
 
     Raises:
       ValueError: if `spheres` does not fit `start`.
@@ -303,26 +349,27 @@ def angle(start: Any, end: Any, spheres: Spheres) -> Any:
     Source: d_S of section 2.1 of the paper.
     """
     groups = match(spheres, start)
-    u, w = _unit(start, groups), _unit(end, groups)
+    u, w = _compute_direction(start, groups), _compute_direction(end, groups)
     apart = groups.sum(lambda a, b: jnp.square(a - b), u, w)
     along = groups.sum(lambda a, b: jnp.square(a + b), u, w)
 
-    def of(a, b, uu, ww):
-        nowhere = is_zero(uu) | is_zero(ww)
-        return jnp.where(nowhere, 0.0, 2 * jnp.arctan2(sqrt(a), jnp.where(nowhere, 1.0, sqrt(b))))
+    def measure_angle(apart, along, uu, ww):
+        undefined = is_zero(uu) | is_zero(ww)
+        radians = 2 * jnp.arctan2(sqrt(apart), jnp.where(undefined, 1.0, sqrt(along)))
+        return jnp.where(undefined, 0.0, radians)
 
-    return groups.map_per_group(of, apart, along, dot(u, u, groups), dot(w, w, groups))
+    return groups.map_per_group(measure_angle, apart, along, dot(u, u, groups), dot(w, w, groups))
 
 
-def _float(x: Any) -> Any:
+def _upcast_tree(x: Any) -> Any:
     return jax.tree.map(upcast, x)
 
 
-def _unit(x: Any, groups: Groups) -> Any:
-    """Directions in the precision of the reductions, whatever the dtype of the parameters."""
-    return direction(_float(x), groups)
+def _compute_direction(x: Any, groups: Groups) -> Any:
+    """Computes `direction` in at least float32, whatever the dtype of the parameters."""
+    return direction(_upcast_tree(x), groups)
 
 
-def _straight(x: jax.Array, v: jax.Array | None, *_: Any) -> jax.Array:
-    """A step in flat space; none where Equinox has left out the update."""
+def _add_step(x: jax.Array, v: jax.Array | None, *_: Any) -> jax.Array:
+    """Takes a step in flat space, and none if Equinox has left out the update."""
     return x if v is None else x + jnp.asarray(v, jnp.result_type(x))

@@ -1,7 +1,8 @@
 """Every division and root that is safe at zero, in value and in gradient.
 
-One rule for zero: a number whose reciprocal may overflow, |x| below the smallest normal number of its
-dtype or of float32, is zero. NaN is not zero, and shows.
+One rule decides what counts as zero: |x| below the smallest normal number of its dtype, or of float32
+for narrower dtypes, because the reciprocal of such a number may overflow. The test is "is it zero?" and
+not "is it positive?": NaN is not zero, and is not replaced.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 
 def upcast(x: Any) -> jax.Array:
-    """x in at least float32, the precision of every reduction of the package."""
+    """Casts x to at least float32, the precision of every reduction of the package."""
     x = jnp.asarray(x)
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
@@ -26,27 +27,31 @@ def is_zero(x: Any) -> jax.Array:
 
 
 def divide_or_zero(a: Any, b: Any) -> jax.Array:
-    """a / b, and 0 where b is zero: a group of radius zero has no direction."""
-    return jnp.where(is_zero(b), 0.0, a / _nonzero(b))
+    """Computes a / b, or 0 where b is zero: a group of radius zero has no direction."""
+    return jnp.where(is_zero(b), 0.0, a / _replace_zero(b))
 
 
 def divide_or_one(a: Any, b: Any) -> jax.Array:
-    """a / b, and 1 where b is zero: the factor that leaves a group as it is."""
-    return jnp.where(is_zero(b), 1.0, a / _nonzero(b))
+    """Computes a / b, or 1 where b is zero: this factor leaves a group as it is."""
+    return jnp.where(is_zero(b), 1.0, a / _replace_zero(b))
 
 
 def divide_or_infinity(a: Any, b: Any) -> jax.Array:
-    """a / b, infinity where b alone is zero, and 0 where both are: the tangent of a right angle."""
+    """Computes a / b, or infinity where b alone is zero, or 0 where both are.
+
+    This is the tangent of an angle with the legs a and b: infinite at a right angle.
+    """
     at_zero = jnp.where(is_zero(a), 0.0, jnp.inf)
-    return jnp.where(is_zero(b), at_zero, a / _nonzero(b))
+    return jnp.where(is_zero(b), at_zero, a / _replace_zero(b))
 
 
 @functools.partial(jax.jit, inline=True)
 def divide_arrays(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The step a / b of whole arrays, and 0 where b is zero; a numerator that is not finite shows.
+    """Computes the step a / b of whole arrays, or 0 where b is zero. Infinity or NaN in a shows.
 
-    The denominator is replaced, and not the quotient, because XLA fuses a choice between quotients
-    differently from program to program, and they round differently (JAX 0.10, CPU).
+    The code replaces the denominator by infinity, and not the quotient by 0: XLA fuses a choice between
+    quotients differently from program to program, and the results are then rounded differently (JAX
+    0.10, CPU).
     """
     if not jnp.issubdtype(b.dtype, jnp.inexact):
         b = b.astype(jnp.result_type(float))
@@ -55,16 +60,16 @@ def divide_arrays(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def sqrt(x: jax.Array) -> jax.Array:
-    """The square root of a sum of squares; 0 at zero, as is its gradient."""
+    """Computes the square root of a sum of squares; at zero, it and its gradient are 0."""
     zero = is_zero(x) | (x < 0)  # rounding may leave a negative sum
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(a^2 + b^2)^(1/2) without overflow; 0 where both are zero, as is its gradient."""
+    """Computes (a^2 + b^2)^(1/2) without overflow; where both are zero, it and its gradient are 0."""
     zero = is_zero(a) & is_zero(b)
     return jnp.where(zero, 0.0, jnp.hypot(jnp.where(zero, 1.0, a), b))
 
 
-def _nonzero(x: Any) -> jax.Array:
+def _replace_zero(x: Any) -> jax.Array:
     return jnp.where(is_zero(x), 1.0, x)

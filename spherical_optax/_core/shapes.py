@@ -1,12 +1,17 @@
-"""Names for what functions take and return.
+"""Names for the types of arguments and results.
 
-Trees have any structure: a type checker cannot say more of them than a comment does. The shapes of
-arrays are annotated with jaxtyping; tests/contract/test_shapes.py checks them for every optimizer.
+Trees have any structure, and a type checker cannot describe them: they are documented by comments. The
+shapes of arrays are annotated with jaxtyping; tests/contract/test_shapes.py checks them for every
+optimizer.
 """
 
 from typing import Any
 
+import optax
 from jaxtyping import Array, Float
+
+Scalar = optax.ScalarOrSchedule
+Transformation = optax.GradientTransformationExtraArgs
 
 Params = Any  # tree of parameter arrays x
 Updates = Any  # tree of gradients or steps, like the parameters; None where there is no update
@@ -14,4 +19,4 @@ PerGroup = Any  # tree like the parameters: `OfGroups` on the spheres, None else
 
 OfArray = Float[Array, "*array"]  # an array of parameters, of its gradient or its momentum
 OfGroups = Float[Array, "*groups"]  # one number per group: the summed axes have length 1
-SpreadGroups = Float[Array, "*#array"]  # the same, ready to broadcast against the array
+SpreadGroups = Float[Array, "*#array"]  # `OfGroups`, ready to broadcast against the array

@@ -1,7 +1,7 @@
 """Element-wise arithmetic on trees, in Optax's order of operations.
 
-A None among the updates is what Equinox leaves out of the gradient: it stays None, and the state of
-its parameter stays as it is.
+An update may be None: Equinox leaves parameters out of the gradient in this way. The update then stays
+None, and the state of the parameter stays as it is.
 """
 
 import functools
@@ -14,14 +14,14 @@ from spherical_optax._core.arguments import require_params
 
 
 def mix(updates: Any, moment: Any, decay: Any, gain: Any) -> Any:
-    """`mix_arrays` on trees."""
+    """Applies `mix_arrays` to every leaf."""
     return jax.tree.map(
         lambda g, m: mix_arrays(g, m, decay, gain), updates, moment, is_leaf=lambda x: x is None
     )
 
 
 def mix_arrays(g: Any, m: Any, decay: Any, gain: Any) -> Any:
-    """gain * g + decay * m in Optax's order of operations; where there is no update, m stays."""
+    """Computes gain * g + decay * m in Optax's order of operations; without an update, m stays."""
     if g is None:
         return m
     g, m = jnp.asarray(g), jnp.asarray(m)
@@ -32,24 +32,24 @@ def mix_arrays(g: Any, m: Any, decay: Any, gain: Any) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def correct_bias(moment: Any, decay: Any, count: Any) -> Any:
-    """m / (1 - decay^count), as `optax.tree.bias_correction` but for strict dtype promotion."""
+    """Computes m / (1 - decay^count), like `optax.tree.bias_correction`, with strict dtype promotion."""
     dtype = jnp.result_type(float)
     correction = 1 - as_dtype(decay, dtype) ** count.astype(dtype)
     return jax.tree.map(lambda m: m / correction.astype(m.dtype), moment)
 
 
-def abs_squared(x: Any) -> jax.Array:
-    """|x|^2, which is real for complex numbers too."""
+def square_modulus(x: Any) -> jax.Array:
+    """Computes |x|^2, which is real for complex numbers too."""
     return jnp.real(x * jnp.conj(x))
 
 
 def as_dtype(value: Any, dtype: Any) -> Any:
-    """A hyper-parameter for arrays of this dtype: Python numbers are weakly typed already."""
+    """Casts a hyper-parameter for arrays of this dtype; Python numbers are weakly typed and stay."""
     return value if type(value) in (int, float) else jnp.asarray(value, dtype)
 
 
 def add_decay(updates: Any, params: Any, l2: Any) -> Any:
-    """g + lambda x; g itself where lambda is None."""
+    """Computes g + lambda x; returns g itself if lambda is None."""
     if l2 is None:
         return updates
     return jax.tree.map(
@@ -61,13 +61,14 @@ def add_decay(updates: Any, params: Any, l2: Any) -> Any:
 
 
 def drop_missing(updates: Any, values: Any) -> Any:
-    """`values`, where there are updates: Equinox leaves out what it does not differentiate."""
+    """Returns `values` with None in place of the leaves that have no update."""
     return jax.tree.map(
         lambda g, v: None if g is None else v, updates, values, is_leaf=lambda x: x is None
     )
 
 
 def cast_like(tree: Any, like: Any) -> Any:
+    """Casts every leaf to the dtype of the leaf of `like`; returns `tree` itself if `like` is None."""
     if like is None:
         return tree
     return jax.tree.map(

@@ -1,4 +1,8 @@
-r"""Adam and what the paper makes of it: chains of building blocks, each one step from Adam.
+r"""Adam and the paper's variants of it: chains of building blocks, each one step further from Adam.
+
+Numbers in brackets are equations of the paper. Its letters name the three parts that bend Adam's steps
+away from the sphere: (a) the element-wise division, (b) momentum without transport along the sphere,
+(c) the ratios of the radii.
 
     adam     quotient(ema(l2),                      rms(l2))                             lr
     adams    quotient(ema(l2),                      rms(spheres, l2))                    lr
@@ -6,8 +10,8 @@ r"""Adam and what the paper makes of it: chains of building blocks, each one ste
     adamsrt  quotient(ema(transport, rescale, l2),  rms(spheres, rescale, l2))           lr
     adamg    quotient(ema(transport),               rms(spheres, reduce="sum"))          lr  retract(1)
 
-The L2 term is an argument of the moments, as in [8], [19] and [20], and not `add_decayed_weights` in
-front of them. The numbers are the same, but the sum g + lambda x would be an array more in memory.
+The L2 term is an argument of the moments, as in [8], [19] and [20]. `add_decayed_weights` in front of
+them would give the same numbers, but the sum g + lambda x would take one more array in memory.
 """
 
 from typing import Any
@@ -15,15 +19,13 @@ from typing import Any
 import jax
 import optax
 
+from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
 from spherical_optax._transforms.momentum import Ema, ema
 from spherical_optax._transforms.quotient import quotient, quotient_on_spheres
 from spherical_optax._transforms.second_moment import Rms, rms
 from spherical_optax._transforms.weight_decay import add_decay_off_spheres
-
-Scalar = optax.ScalarOrSchedule
-Transformation = optax.GradientTransformationExtraArgs
 
 
 def adam(
@@ -38,12 +40,15 @@ def adam(
 ) -> Transformation:
     """Adam with L2 regularisation inside the gradient, the scheme that the paper analyses.
 
+    Use this when you compare with Adam as it is in the paper; for decoupled weight decay use
+    `optax.adamw`.
+
     x <- x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)               [7]
     m <- b1 m + (1 - b1) (grad + lambda x),  v <- b2 v + (1 - b2) (grad + lambda x)^2   [8]
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: not used; there so that the variants can be swapped.
+      spheres: ignored; accepted because all variants have the same arguments.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root.
@@ -51,7 +56,7 @@ def adam(
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:
-      A `GradientTransformationExtraArgs`. State per parameter: m and v. The same as
+      A `GradientTransformationExtraArgs`. State per parameter: m and v. The steps are those of
       `optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(...))`.
 
     Raises:
@@ -81,13 +86,15 @@ def adams(
     weight_decay: Scalar = 0.0,
     mu_dtype: Any | None = None,
 ) -> Transformation:
-    """Adam w/o (a): one second moment per sphere, so that the gradient is not deformed.
+    """Adam w/o (a): one second moment per sphere, which does not deform the gradient.
 
-    v <- b2 v + (1 - b2) ||grad + lambda x||^2 / d, the rest as in `adam`.
+    Use this when you want to see the effect of the element-wise division, (a), alone.
+
+    v <- b2 v + (1 - b2) ||grad + lambda x||^2 / d per group of d coordinates; m and x as in `adam`
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; the rest gets `adam`.
+      spheres: how the leaves split into groups; all other leaves get `adam`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root.
@@ -127,11 +134,15 @@ def adamst(
 ) -> Transformation:
     """Adam w/o (ab): `adams` with the momentum transported along the sphere.
 
-    m <- b1 Gamma(m) + (1 - b1) (grad + lambda x), Gamma from the last point to this one.
+    Use this when you want to see the effect of (a) and (b) without the ratios of the radii.
+
+    m <- b1 Gamma(m) + (1 - b1) (grad + lambda x)
+
+    Gamma is the parallel transport of m from the last point to this one.
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; the rest gets `adam`.
+      spheres: how the leaves split into groups; all other leaves get `adam`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root.
@@ -150,7 +161,7 @@ def adamst(
     >>> updates["kernel"].shape
     (2, 1)
 
-    Source: section 4.2 of the paper; the radial part of m is dropped by the transport.
+    Source: section 4.2 of the paper; the transport drops the radial part of m.
     """
     a = Ema(
         decay=b1,
@@ -175,13 +186,15 @@ def adamsrt(
 ) -> Transformation:
     """Adam w/o (abc): `adamst` with the moments rescaled by the ratio of the radii.
 
+    Use this when weights are normalised: it neutralises (a), (b) and (c), with half of Adam's state.
+
     x <- x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)                          [18]
     m_k = b1 (r_{k-1} / r_k) Gamma(m_{k-1}) + (1 - b1) (grad + lambda x)                [19]
     v_k = b2 (r_{k-1} / r_k)^2 v_{k-1} + (1 - b2) ||grad + lambda x||^2 / d             [20]
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; the rest gets `adam`.
+      spheres: how the leaves split into groups; all other leaves get `adam`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root.
@@ -189,7 +202,7 @@ def adamsrt(
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:
-      A `GradientTransformationExtraArgs`. State: m, and one number per group: half of Adam's.
+      A `GradientTransformationExtraArgs`. State: m, and one number per group: half of Adam's state.
 
     Raises:
       ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
@@ -200,7 +213,8 @@ def adamsrt(
     >>> updates["kernel"].shape
     (2, 1)
 
-    Source: [18-20]; the radial part of m is dropped, as in the authors' released code ("AdamSRT").
+    Source: equations [18] to [20] of the paper. As in the authors' released code ("AdamSRT"), the
+    transport drops the radial part of m.
     """
     a = Ema(
         decay=b1,
@@ -226,16 +240,20 @@ def adamg(
 ) -> Transformation:
     """AdamG: Adam on the unit sphere, with transported momentum and one second moment per group.
 
+    Use this when the weights should stay on unit spheres, and the learning rate should be an angle.
+
     y = x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),  x <- y / ||y||
-    m <- b1 Gamma(m) + (1 - b1) grad,  v <- b2 v + (1 - b2) ||grad||^2, not divided by d
+    m <- b1 Gamma(m) + (1 - b1) grad,  v <- b2 v + (1 - b2) ||grad||^2
+
+    Gamma is the parallel transport of m from the last point to this one; v is not divided by d.
 
     Args:
-      learning_rate: eta, a number or a schedule: the step in radians, so larger than Adam's.
+      learning_rate: eta, a number or a schedule: the step in radians, and therefore larger than Adam's.
       spheres: how the leaves split into groups, all of which land on unit spheres at the first step.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root.
-      weight_decay: lambda, a number or a schedule; only off the spheres, on which it is radial.
+      weight_decay: lambda, a number or a schedule; only off the spheres, because it is radial on them.
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:

@@ -1,6 +1,6 @@
-"""AdamG*: what SGD does on the sphere, written as the adaptive method that it is there."""
+"""AdamG*: SGD with L2, written as the adaptive method on the unit sphere that it is equivalent to."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,28 @@ from spherical_optax._core.arguments import require_params
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
+from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
+from spherical_optax._core.trees import as_dtype
 from spherical_optax._transforms.constraints import retract
-
-Scalar = optax.ScalarOrSchedule
-Transformation = optax.GradientTransformationExtraArgs
 
 
 def adamg_star(
     learning_rate: Scalar, spheres: Spheres, *, weight_decay: Scalar = 0.0
 ) -> Transformation:
-    """AdamG*: the adaptive method on the unit sphere that SGD with L2 is in disguise.
+    """AdamG*: the adaptive method on the unit sphere that is equivalent to SGD with L2.
 
-    y = u - eta* grad / sqrt(v),  u <- y / ||y||,  v <- beta v + ||grad||^2  with Theorem 4's
-    beta = (1 - eta lambda)^4, eta* = (2 beta)^(-1/2), v_0 = r_0^4 / (2 eta^2 beta^(1/2))
+    Use this when you want the steps of SGD with L2 on weights whose radius stays 1.
+
+    y = u - eta* grad / sqrt(v),  u <- y / ||y||,  v <- beta v + ||grad||^2
+
+    Theorem 4 gives beta = (1 - eta lambda)^4, eta* = (2 beta)^(-1/2), v_0 = r_0^4 / (2 eta^2
+    beta^(1/2)).
 
     Args:
       learning_rate: eta of the SGD that it mirrors, a number or a schedule.
       spheres: how the leaves split into groups, all of which land on unit spheres at the first step;
-        the rest gets that SGD itself.
+        all other leaves get SGD itself.
       weight_decay: lambda of the SGD that it mirrors, a number or a schedule.
 
     Returns:
@@ -44,9 +47,9 @@ def adamg_star(
     >>> so.geometry.norm(optax.apply_updates(params, updates), so.Sphere())
     {'kernel': Array([[1.]], dtype=float32)}
 
-    Source: section 3.2 and Theorem 4. Deviation: kept is not v but the squared radius that the SGD
-    would have, (2 eta^2 beta^(1/2) v)^(1/2), which is the same for constant eta and lambda, mirrors
-    schedules too, and does not overflow.
+    Source: section 3.2 and Theorem 4 of the paper. Deviation: in place of v, the state holds the squared
+    radius of the weights of SGD, (2 eta^2 beta^(1/2) v)^(1/2). For constant eta and lambda this is
+    equivalent. It also mirrors schedules, and it does not overflow.
     """
     return optax.chain(
         _scale_by_mirrored_radius(learning_rate, weight_decay, spheres), retract(spheres, 1.0)
@@ -59,16 +62,18 @@ class MirroredRadiusState(NamedTuple):
     MOMENTS = Moments()
 
     count: jax.typing.ArrayLike  # steps taken, int32
-    radius_squared: optax.Updates  # per group, of the SGD that is mirrored
+    radius_squared: (
+        optax.Updates
+    )  # per group: the squared radius of the weights of the mirrored SGD
 
 
 def _scale_by_mirrored_radius(
     learning_rate: Scalar, weight_decay: Scalar, spheres: Spheres
 ) -> Transformation:
-    """The step of SGD, on spheres of this radius but with the effective learning rate of that one's.
+    """Takes the step of SGD with the effective learning rate that SGD has at its own radius.
 
-    With s the squared radius of the SGD and q = 1 - eta lambda, Table 1 gives SGD the effective
-    learning rate eta / (s q), and its radius follows s^2 <- q^2 (q^2 s^2 + 2 eta^2 ||grad L(u)||^2).
+    With s the squared radius of the weights of SGD and q = 1 - eta lambda, Table 1 of the paper gives
+    SGD the effective learning rate eta / (s q), and s^2 <- q^2 (q^2 s^2 + 2 eta^2 ||grad L(u)||^2).
     """
 
     def init(params):
@@ -82,32 +87,32 @@ def _scale_by_mirrored_radius(
         shrink = 1 - jnp.asarray(eta * decay)
         square = geometry.dot(require_params(params), params, groups)
 
-        def sgd(x, g):
-            return None if g is None else -_as(eta, x) * (_as(g, x) + _as(decay, x) * x)
+        def step_off_spheres(x, g, _):
+            if g is None:
+                return None
+            dtype = jnp.result_type(x)
+            return -as_dtype(eta, dtype) * (as_dtype(g, dtype) + as_dtype(decay, dtype) * x)
 
-        # At the first step, and for a filter that was zero so far, the SGD is where the parameters are.
-        mirrored = groups.map_per_group(
-            lambda s, xx: jnp.where(is_zero(s), xx, s), state.radius_squared, square
-        )
-        rate = groups.map_per_group(
-            lambda s, xx: _as(eta, s) / _as(shrink, s) * divide_or_one(xx, s), mirrored, square
-        )
+        def start_at_parameters(s, xx):
+            """The radius of SGD is that of the parameters at first, and for filters that were zero."""
+            return jnp.where(is_zero(s), xx, s)
+
+        def compute_rate(s, xx):
+            return as_dtype(eta, s.dtype) / as_dtype(shrink, s.dtype) * divide_or_one(xx, s)
+
+        def follow_radius(s, r, g):
+            q, gain = as_dtype(shrink, s.dtype), jnp.asarray(2**0.5, s.dtype)
+            return q * hypot(q * s, gain * as_dtype(eta, s.dtype) * r * g)
+
+        mirrored = groups.map_per_group(start_at_parameters, state.radius_squared, square)
+        rate = groups.map_per_group(compute_rate, mirrored, square)
         following = groups.map_per_group(
-            lambda s, r, g: (
-                _as(shrink, s) * hypot(_as(shrink, s) * s, 2**0.5 * _as(eta, s) * r * g)
-            ),
-            mirrored,
-            geometry.norm(params, groups),
-            geometry.norm(updates, groups),
+            follow_radius, mirrored, geometry.norm(params, groups), geometry.norm(updates, groups)
         )
         updates = groups.map(
-            lambda x, g, rate: -rate * g, params, updates, rate, off=lambda x, g, _: sgd(x, g)
+            lambda x, g, rate: -rate * g, params, updates, rate, off=step_off_spheres
         )
         count = optax.safe_increment(state.count)
         return updates, MirroredRadiusState(count, groups.as_state(following, state.radius_squared))
 
     return Transformation(init, update)
-
-
-def _as(value: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(value, jnp.result_type(like))

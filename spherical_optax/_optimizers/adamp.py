@@ -1,4 +1,4 @@
-"""AdamP and SGDP: the radial part of the step removed, where the spheres are declared or guessed."""
+"""AdamP and SGDP: they remove the radial part of the step on spheres, declared or guessed."""
 
 from typing import Any, NamedTuple
 
@@ -7,18 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import is_constant_zero, require_params, weight_decay_at
+from spherical_optax._core.arguments import get_weight_decay, is_constant_zero, require_params
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_zero, sqrt
+from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._core.trees import as_dtype, cast_like, drop_missing
 from spherical_optax._transforms.momentum import ema, trace
 from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
-
-Scalar = optax.ScalarOrSchedule
-Transformation = optax.GradientTransformationExtraArgs
 
 
 def adamp(
@@ -34,26 +32,31 @@ def adamp(
     nesterov: bool = False,
     mu_dtype: Any | None = None,
 ) -> Transformation:
-    r"""AdamP: AdamW with the radial part of its steps removed on the spheres, and less decay there.
+    r"""AdamP: AdamW that removes the radial part of its steps on the spheres, and decays less there.
 
-    p = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), element-wise as in Adam, then per group
-    x <- x - eta (p - <p, u> u) - eta lambda wd_ratio x,  and elsewhere  x <- x - eta p - eta lambda x
+    Use this when you want tangential steps, but the second moment and the weight decay of AdamW.
 
-    Without `spheres` they are guessed at every step as in the paper: every array of two axes or more
-    is tested, first with its output channels (the last axis) as groups, then as one group, and counts
-    as invariant if |cos(grad, x)| < delta / sqrt(d) in all of them, d coordinates each. One in twelve
-    arrays with gradients of noise passes. With `spheres`, found or declared, nothing is guessed.
+    p = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    x <- x - eta (p - <p, u> u) - eta lambda wd_ratio x    in every group, with u = x / ||x||
+    x <- x - eta p - eta lambda x                          off the spheres
+
+    With `spheres`, found or declared, nothing is guessed. Without them, every step guesses as in the
+    paper: it tests every array of two axes or more, first with its output channels (the last axis) as
+    groups, then as one group. The array counts as invariant if |cos(grad, x)| < delta / sqrt(d) in all
+    groups of d coordinates each. On random gradients this is wrong for one array in twelve.
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; None guesses. A tree of None has no spheres: AdamW.
+      spheres: how the leaves split into groups; None guesses. A tree of None has no spheres and is
+        AdamW.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added outside the root; in the guess, the least length and what is added to ||x||.
+      eps: added outside the root; in the guess, the least length in the cosine and the term added to
+        ||x||.
       weight_decay: lambda, a number or a schedule; decoupled as in AdamW.
-      delta: how small the cosine has to be.
+      delta: bound of the cosine in the guess; for experiments.
       wd_ratio: factor of the weight decay on the spheres.
-      nesterov: b1 m + (1 - b1) grad in place of m.
+      nesterov: use b1 m + (1 - b1) grad in place of m.
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:
@@ -75,7 +78,7 @@ def adamp(
     """
     direction = quotient(ema(b1, nesterov=nesterov, accumulator_dtype=mu_dtype), rms(b2, eps))
     return optax.chain(
-        _tangential(direction, spheres, weight_decay, wd_ratio, delta, eps),
+        _remove_radial_part(direction, spheres, weight_decay, Guess(delta, eps, wd_ratio)),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -92,26 +95,30 @@ def sgdp(
     eps: jax.typing.ArrayLike = 1e-8,
     mu_dtype: Any | None = None,
 ) -> Transformation:
-    """SGDP: SGD with momentum, and the radial part of its steps removed on the spheres.
+    """SGDP: SGD with momentum that removes the radial part of its steps on the spheres.
 
-    m <- momentum m + grad, and then `adamp`'s step with p = m and lambda / (1 - momentum).
+    Use this when you train with SGD and momentum, and want tangential steps.
+
+    m <- momentum m + grad
+
+    The step is that of `adamp` with p = m, and with lambda / (1 - momentum) in place of lambda.
 
     Args:
       learning_rate: eta, a number or a schedule.
       spheres: how the leaves split into groups; None guesses as in `adamp`.
       momentum: decay of m; below 1 with weight decay.
       weight_decay: lambda, a number or a schedule; decoupled, times 1 / (1 - momentum).
-      delta: how small the cosine has to be.
+      delta: bound of the cosine in the guess, as in `adamp`; for experiments.
       wd_ratio: factor of the weight decay on the spheres.
-      nesterov: p = grad + momentum m in place of m.
-      eps: in the guess, the least length and what is added to ||x||.
+      nesterov: use p = grad + momentum m in place of p = m.
+      eps: in the guess, the least length in the cosine and the term added to ||x||.
       mu_dtype: dtype of m; None takes the parameters'.
 
     Returns:
       A `GradientTransformationExtraArgs`. State per parameter: m.
 
     Raises:
-      ValueError: if `momentum` is 1 with weight decay, if `spheres` does not fit the parameters; in
+      ValueError: if `momentum` is 1 with weight decay, or `spheres` does not fit the parameters; in
         `update`, if `params` is missing.
 
     >>> tx = so.sgdp(0.1, so.Sphere())
@@ -121,17 +128,15 @@ def sgdp(
     {'kernel': Array([[-0. ],
            [-0.4]], dtype=float32)}
 
-    Source: Heo et al. (2021), Algorithm 1. As in their released code m itself loses its radial part,
-    unless `nesterov`.
+    Source: Heo et al. (2021), Algorithm 1. As in their released code, m itself loses its radial part,
+    except with `nesterov`.
     """
     return optax.chain(
-        _tangential(
+        _remove_radial_part(
             trace(momentum, nesterov=nesterov, accumulator_dtype=mu_dtype),
             spheres,
-            _over_rest(weight_decay, momentum),
-            wd_ratio,
-            delta,
-            eps,
+            _scale_weight_decay(weight_decay, momentum),
+            Guess(delta, eps, wd_ratio),
             into_trace=not nesterov,
         ),
         optax.scale_by_learning_rate(learning_rate),
@@ -139,7 +144,7 @@ def sgdp(
 
 
 class TangentialState(NamedTuple):
-    """State of `adamp` and `sgdp` but for the learning rate's."""
+    """State of `adamp` and `sgdp`, without that of the learning rate."""
 
     MOMENTS = Moments()
 
@@ -147,21 +152,41 @@ class TangentialState(NamedTuple):
     direction: optax.OptState
 
 
-def _tangential(
+class Guess(NamedTuple):
+    """The test of AdamP for invariant groups."""
+
+    delta: Any  # a group of d coordinates is invariant if |cos(grad, x)| < delta / sqrt(d)
+    eps: Any  # the least length in the cosine, and the term added to ||x|| in the projection
+    wd_ratio: Any  # factor of the weight decay on invariant groups
+
+    def are_invariant(self, gg: Any, gx: Any, xx: Any, *, size: int) -> Any:
+        """Tests whether all groups of an array, of `size` coordinates each, are invariant."""
+        if size < 2:
+            return False
+        least = as_dtype(self.eps, gg.dtype)
+        lengths = jnp.maximum(sqrt(gg), least) * jnp.maximum(sqrt(xx), least)
+        cosine = divide_or_zero(jnp.abs(gx), lengths)
+        return jnp.all(cosine < as_dtype(self.delta, gg.dtype) / size**0.5)
+
+    def divide_by_square(self, px: Any, xx: Any) -> Any:
+        """Computes <p, x> / (||x|| + eps)^2, the factor of x in the radial part of p."""
+        return divide_or_zero(px, (sqrt(xx) + as_dtype(self.eps, xx.dtype)) ** 2)
+
+
+def _remove_radial_part(
     direction: Transformation,
     spheres: Spheres,
     weight_decay: Scalar,
-    wd_ratio: Any,
-    delta: Any,
-    eps: Any,
+    guess: Guess,
     into_trace: bool = False,
 ) -> Transformation:
-    """What `direction` gives without its radial part, and with decoupled weight decay.
+    """Removes the radial part of the steps of `direction`, and adds decoupled weight decay.
 
     Args:
       direction: the transformation that yields p.
-      spheres, weight_decay, wd_ratio, delta, eps: as in `adamp`.
-      into_trace: the momentum of `direction` becomes what comes out, before weight decay.
+      spheres, weight_decay: as in `adamp`.
+      guess: how to guess the spheres, if `spheres` is None; the factor of the weight decay in any case.
+      into_trace: store the tangential step, before weight decay, as the momentum of `direction`.
     """
 
     def init(params):
@@ -173,17 +198,17 @@ def _tangential(
         inner: Any
         steps, inner = direction.update(updates, state.direction, params, **extra_args)
         if into_trace:
-            steps = drop_missing(updates, inner.trace)  # in its own dtype
+            steps = drop_missing(updates, inner.trace)  # in the dtype of the momentum
         if spheres is None:
-            steps, decay_factors = _guessed(updates, steps, params, wd_ratio, delta, eps)
+            steps, decay_factors = _project_guessed(updates, steps, params, guess)
         else:
             groups = match(spheres, steps).with_tangent_space()
             steps = geometry.project(params, steps, groups)
-            decay_factors = jax.tree.map(lambda off: 1.0 if off else wd_ratio, groups.off())
+            decay_factors = jax.tree.map(lambda off: 1.0 if off else guess.wd_ratio, groups.off())
         if into_trace:
-            inner = inner._replace(trace=_or_else(steps, inner.trace))
+            inner = inner._replace(trace=_fill_missing(steps, inner.trace))
         steps = cast_like(steps, params)
-        decay = weight_decay_at(weight_decay, state.count)
+        decay = get_weight_decay(weight_decay, state.count)
         if decay is not None:
             steps = jax.tree.map(
                 lambda p, x, r: None if p is None else p + as_dtype(decay * r, p.dtype) * x,
@@ -198,60 +223,47 @@ def _tangential(
     return Transformation(init, update)
 
 
-def _guessed(
-    grads: Any, steps: Any, params: Any, wd_ratio: Any, delta: Any, eps: Any
-) -> tuple[Any, Any]:
-    """`steps` without the radial part where the test passes, and the factors of the weight decay."""
-    filters = match(lambda tree: jax.tree.map(_has_filters, tree), steps)
+def _project_guessed(grads: Any, steps: Any, params: Any, guess: Guess) -> tuple[Any, Any]:
+    """Projects `steps` where the guess finds spheres; also returns the factors of the weight decay."""
+    filters = match(lambda tree: jax.tree.map(_choose_sphere, tree), steps)
     filter_wise, layer_wise, neither = range(3)
 
-    def invariant(gg, gx, xx, *, size):
-        least = as_dtype(eps, gg.dtype)
-        lengths = jnp.maximum(sqrt(gg), least) * jnp.maximum(sqrt(xx), least)
-        cosine = divide_or_zero(jnp.abs(gx), lengths)
-        return jnp.all(cosine < as_dtype(delta, gg.dtype) / size**0.5) if size > 1 else False
-
-    def test(step, *sums):
-        whole = invariant(*map(_total, sums), size=step.size)
+    def find_case(step, gg, gx, xx):
+        gg_all, gx_all, xx_all = (jnp.sum(sums, keepdims=True) for sums in (gg, gx, xx))
+        whole = guess.are_invariant(gg_all, gx_all, xx_all, size=step.size)
         return jnp.where(
-            invariant(*sums, size=step.size // max(sums[0].size, 1)),
+            guess.are_invariant(gg, gx, xx, size=step.size // max(gg.size, 1)),
             filter_wise,
             jnp.where(whole, layer_wise, neither),
         )
 
-    def coefficient(found, px, xx):
-        def of(px, xx):
-            return divide_or_zero(px, (sqrt(xx) + as_dtype(eps, xx.dtype)) ** 2)
-
-        by_layer = jnp.where(found == layer_wise, of(_total(px), _total(xx)), 0.0)
-        return jnp.where(found == filter_wise, of(px, xx), by_layer)
+    def compute_factor(case, px, xx):
+        px_all, xx_all = (jnp.sum(sums, keepdims=True) for sums in (px, xx))
+        by_layer = jnp.where(case == layer_wise, guess.divide_by_square(px_all, xx_all), 0.0)
+        return jnp.where(case == filter_wise, guess.divide_by_square(px, xx), by_layer)
 
     gg, gx = geometry.dot(grads, grads, filters), geometry.dot(grads, params, filters)
     px, xx = geometry.dot(steps, params, filters), geometry.dot(params, params, filters)
-    found = filters.map_per_group(test, steps, gg, gx, xx)
-    radial = filters.map_per_group(coefficient, found, px, xx)
+    cases = filters.map_per_group(find_case, steps, gg, gx, xx)
+    factors = filters.map_per_group(compute_factor, cases, px, xx)
     decay_factors = filters.map_per_group(
-        lambda case: jnp.where(case == neither, 1.0, wd_ratio), found, off=lambda _: 1.0
+        lambda case: jnp.where(case == neither, 1.0, guess.wd_ratio), cases, off=lambda _: 1.0
     )
-    return filters.map(lambda p, x, c: p - c * x, steps, params, radial), decay_factors
+    return filters.map(lambda p, x, c: p - c * x, steps, params, factors), decay_factors
 
 
-def _has_filters(x: Any) -> Sphere | None:
+def _choose_sphere(x: Any) -> Sphere | None:
     return Sphere() if jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating) else None
 
 
-def _total(sums: jax.Array) -> jax.Array:
-    return jnp.sum(sums, keepdims=True)
-
-
-def _or_else(tree: Any, other: Any) -> Any:
+def _fill_missing(tree: Any, other: Any) -> Any:
     return jax.tree.map(
         lambda x, y: y if x is None else x, tree, other, is_leaf=lambda x: x is None
     )
 
 
-def _over_rest(weight_decay: Scalar, momentum: Any) -> Scalar:
-    """weight_decay / (1 - momentum)"""
+def _scale_weight_decay(weight_decay: Scalar, momentum: Any) -> Scalar:
+    """Computes weight_decay / (1 - momentum), the decay per step of SGDP."""
     if is_constant_zero(weight_decay):
         return 0.0
     rest = 1 - momentum

@@ -1,4 +1,4 @@
-"""Hyperball optimizers: any direction, on spheres whose radius stays and with steps of known angle."""
+"""Hyperball optimizers: any direction, on spheres of fixed radius, with steps of a known angle."""
 
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from spherical_optax._core.arguments import require_params, require_transformati
 from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import upcast
+from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 from spherical_optax._transforms.constraints import normalize, retract
@@ -18,9 +19,7 @@ from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
 from spherical_optax._transforms.weight_decay import add_decay_off_spheres
 
-Scalar = optax.ScalarOrSchedule
 Radius = jax.typing.ArrayLike | Literal["current", "initial"]
-Transformation = optax.GradientTransformationExtraArgs
 
 
 def hyperball(
@@ -31,31 +30,34 @@ def hyperball(
 ) -> Transformation:
     r"""Any direction on spheres of fixed radius: both the update and the weights are normalised.
 
+    Use this when you have a direction, and want to set the angle of every step by the learning rate.
+
     x <- R n(x - eta R n(q)),  n(x) = x / ||x|| per group and q the updates of `inner`
 
-    A tangential q turns every group by arctan(eta) in every step, whatever its gradient and radius, and
-    none turns it by more than arcsin(eta), but for the rounding of low precision. Weight decay has
-    nothing left to do there.
+    A tangential q turns every group by arctan(eta) in every step, whatever its gradient and radius. No
+    q turns it by more than arcsin(eta), except for the rounding of low precision. Weight decay has no
+    effect on these spheres.
 
     Args:
-      inner: what gives the direction, without a learning rate, whose sign would turn it:
-        `optax.scale_by_adam()` and not `optax.adam(1e-3)`, `optax.scale_by_lion()`, `optax.identity()`,
-        or with transported momentum `so.ema(0.9, spheres, transport=True)`.
+      inner: transformation that yields the direction, such as `optax.scale_by_adam()`,
+        `optax.scale_by_lion()`, `optax.identity()`, or with transported momentum `so.ema(0.9, spheres,
+        transport=True)`. It must not contain a learning rate: the sign of one, as in
+        `optax.adam(1e-3)`, would reverse the direction.
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; the rest, and groups of one coordinate, take
-        `inner`'s updates as they are, times -eta. `so.Sphere(())` is a whole matrix, as published;
-        `so.Sphere((0,))` keeps the matrices of a stack (experts, scanned layers, heads) apart.
-      radius: R. "current": what it is before the step; "initial": what it was at `init`, kept in the
-        state, without drift in low precision; or a number. Weights that are zero move freely, and
-        keep the radius that they get with the first two.
+      spheres: how the leaves split into groups. All other leaves, and groups of one coordinate, get the
+        updates of `inner` times -eta. `so.Sphere(())` is a whole matrix, as published; `so.Sphere((0,))`
+        separates the matrices of a stack (experts, scanned layers, heads).
+      radius: R. "current" is the radius before the step. "initial" is the radius at `init`: the state
+        holds it, and it does not drift in low precision. A number is one radius for all groups. Weights
+        that are zero move freely; with "current" and "initial", they keep their first radius above zero.
 
     Returns:
       A `GradientTransformationExtraArgs`. State: that of `inner`, and one number per group with
       "initial".
 
     Raises:
-      ValueError: if `inner` is no transformation or `radius` none of these, if `spheres` does not fit
-        the parameters; in `update`, if `params` is missing.
+      ValueError: if `inner` is no transformation, `radius` is neither of the two words nor a positive
+        number, or `spheres` does not fit the parameters; in `update`, if `params` is missing.
 
     >>> tx = so.hyperball(optax.scale_by_sign(), 0.1, so.Sphere(()))
     >>> params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 0.0]])}
@@ -88,11 +90,15 @@ def adamh(
 ) -> Transformation:
     """AdamH: `hyperball` with Adam's direction.
 
-    x <- R n(x - eta R n(m / (sqrt(v) + eps))), with the debiased m and v of [8] and [9]
+    Use this when you want Adam on spheres of fixed radius, without weight decay to tune there.
+
+    x <- R n(x - eta R n(m / (sqrt(v) + eps))),  n(x) = x / ||x|| per group
+
+    m and v are Adam's debiased moments, equations [8] and [9] of the paper.
 
     Args:
       learning_rate: eta, a number or a schedule; no step turns by more than arcsin(eta).
-      spheres: how the leaves split into groups; the rest gets AdamW.
+      spheres: how the leaves split into groups; all other leaves get AdamW.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root.
@@ -104,7 +110,7 @@ def adamh(
       A `GradientTransformationExtraArgs`. State: m and v, and one number per group with "initial".
 
     Raises:
-      ValueError: as `hyperball`.
+      ValueError: under the conditions of `hyperball`.
 
     >>> tx = so.adamh(0.1, so.Sphere(()))
     >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
@@ -114,7 +120,9 @@ def adamh(
 
     Source: Wen et al. (2026), as in `hyperball`.
     """
-    inner = optax.chain(_adam(b1, b2, eps, mu_dtype), add_decay_off_spheres(spheres, weight_decay))
+    inner = optax.chain(
+        _make_adam(b1, b2, eps, mu_dtype), add_decay_off_spheres(spheres, weight_decay)
+    )
     return hyperball(inner, learning_rate, spheres, radius)
 
 
@@ -132,18 +140,22 @@ def muonh(
 ) -> Transformation:
     """MuonH: `hyperball` with Muon's direction, the momentum made orthogonal as a matrix.
 
-    On spheres the last axis is the output of the matrix, as in Flax, the other summed axes its input,
-    and the remaining index axes tell the matrices of a stack apart. What is on no sphere, or has no
-    input (a bias tied to its kernel), takes Adam's direction at the same learning rate. For another
+    Use this when you want Muon on spheres of fixed radius, without weight decay to tune there.
+
+    x <- R n(x - eta R n(U V^T)),  n(x) = x / ||x|| per group and U S V^T the momentum as a matrix
+
+    On spheres the last axis is the output of the matrix, as in Flax, and the other summed axes are its
+    input. The remaining index axes tell the matrices of a stack apart. Leaves on no sphere or without
+    input (a bias tied to its kernel) take Adam's direction at the same learning rate. For another
     layout or rate, compose `hyperball`, `optax.contrib.scale_by_muon` and `optax.partition`.
 
     Args:
       learning_rate: eta, a number or a schedule; no step turns by more than arcsin(eta).
-      spheres: how the leaves split into groups; the rest gets AdamW.
+      spheres: how the leaves split into groups; all other leaves get AdamW.
       beta: decay of Muon's momentum, which is Nesterov's.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
-      eps: Adam's, outside the root.
+      eps: added outside the root in Adam's direction.
       radius: R, as in `hyperball`.
       weight_decay: a number or a schedule; decoupled, and only off the spheres.
       mu_dtype: dtype of the momenta; None takes the parameters'.
@@ -153,7 +165,7 @@ def muonh(
       one number per group with "initial".
 
     Raises:
-      ValueError: as `hyperball`.
+      ValueError: under the conditions of `hyperball`.
 
     >>> tx = so.muonh(0.1, so.Sphere(()))
     >>> params = {"kernel": jnp.eye(3)}
@@ -161,52 +173,55 @@ def muonh(
     >>> so.geometry.norm(optax.apply_updates(params, updates), so.Sphere(()))
     {'kernel': Array([[1.732]], dtype=float32)}
 
-    Source: Wen et al. (2026), as in `hyperball`; Jordan et al., "Muon" (2024), whose Nesterov
-    momentum beta m + (1 - beta) grad this is. `optax.contrib.scale_by_muon`, which makes it orthogonal
-    here, has Dozat's.
+    Source: Wen et al. (2026), as in `hyperball`; Jordan et al., "Muon" (2024). The momentum is Jordan's
+    form of Nesterov's, beta m + (1 - beta) grad; that of `optax.contrib.scale_by_muon` is Dozat's.
     """
-
     muon = optax.chain(
         ema(beta, nesterov=True, accumulator_dtype=mu_dtype), _orthogonalize(spheres)
     )
-    adam = _adam(b1, b2, eps, mu_dtype)
+    adam = _make_adam(b1, b2, eps, mu_dtype)
 
-    def by_shape(params):
-        # A label also for a None, or the masks would not fit the parameters.
+    def partition_by_shape(params):
+        # A None gets a label too: otherwise the masks would not fit the parameters.
         labels = jax.tree.map(
             lambda matrix: "muon" if matrix else "adam",
-            _matrices(spheres, params),
+            _find_matrices(spheres, params),
             is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
         )
-        # As a function, because a tree of Equinox could be called itself.
+        # The labels are wrapped in a function, because an Equinox module as a tree may be callable.
         return optax.partition({"muon": muon, "adam": adam}, lambda _: labels)
 
     def init(params):
-        return by_shape(params).init(params)
+        return partition_by_shape(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        # Not from the updates, among which any may be missing.
-        return by_shape(require_params(params)).update(updates, state, params, **extra_args)
+        # The shapes are those of the parameters, because any of the updates may be missing.
+        tx = partition_by_shape(require_params(params))
+        return tx.update(updates, state, params, **extra_args)
 
     directions = optax.GradientTransformationExtraArgs(init, update)
     inner = optax.chain(directions, add_decay_off_spheres(spheres, weight_decay))
     return hyperball(inner, learning_rate, spheres, radius)
 
 
-def _adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any) -> Transformation:
+def _make_adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any) -> Transformation:
     return quotient(ema(b1, accumulator_dtype=mu_dtype), rms(b2, eps))
 
 
 def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:
-    """Muon without its momentum: U V^T, nearly, of the updates U S V^T."""
+    """Replaces updates U S V^T by approximately U V^T: the Newton-Schulz iterations of Muon.
+
+    This is `scale_by_muon` with beta = 0 and a fresh state, which has no momentum, until Optax exports
+    `orthogonalize_via_newton_schulz`.
+    """
 
     def update(updates, params):
         muon = scale_by_muon(
             beta=0.0,
             nesterov=False,
-            weight_dimension_numbers=lambda tree: _matrices(spheres, tree),
+            weight_dimension_numbers=lambda tree: _find_matrices(spheres, tree),
         )
-        # The products of matrices need them whole, and in float16 eps would be 0.
+        # A product of matrices needs them whole on every device. In float16, Muon's eps would be 0.
         whole = jax.tree.map(lambda x: replicate(upcast(x)), updates)
         with jax.numpy_dtype_promotion("standard"):
             found, _ = muon.update(whole, muon.init(whole))
@@ -215,10 +230,10 @@ def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _matrices(spheres: Spheres, tree: Any) -> Any:
-    """Which axes are the two sides of Muon's matrix; None where there is none."""
+def _find_matrices(spheres: Spheres, tree: Any) -> Any:
+    """Finds the input and output axes of Muon's matrices; None for leaves that are no matrix."""
 
-    def matrix(leaf: ArrayGroups | None) -> MuonDimensionNumbers | None:
+    def find_matrix(leaf: ArrayGroups | None) -> MuonDimensionNumbers | None:
         if leaf is None:
             return None
         output = len(leaf.shape) - 1
@@ -226,6 +241,6 @@ def _matrices(spheres: Spheres, tree: Any) -> Any:
         longer = any(leaf.shape[axis] > 1 for axis in inputs)
         return MuonDimensionNumbers(inputs, output) if longer else None
 
-    # Not `with_tangent_space`, which depends on ties, and thus on what a mask has left of the tree.
+    # Without `with_tangent_space`: it depends on ties, and a mask may have removed tied leaves.
     groups = match(spheres, tree)
-    return jax.tree.unflatten(groups.treedef, [matrix(leaf) for leaf in groups.leaves])
+    return jax.tree.unflatten(groups.treedef, [find_matrix(leaf) for leaf in groups.leaves])

@@ -1,4 +1,6 @@
-"""SGD with momentum, and its momentum transported: chains of building blocks.
+"""SGD with momentum, and SGD with transported momentum: chains of building blocks.
+
+Numbers in brackets are equations of the paper.
 
 sgd      add_decayed_weights(l2)  trace()                       lr
 sgd_mrt  add_decayed_weights(l2)  trace(transport, rescale)     lr
@@ -9,12 +11,10 @@ from typing import Any
 import jax
 import optax
 
+from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 from spherical_optax._transforms.momentum import trace
-
-Scalar = optax.ScalarOrSchedule
-Transformation = optax.GradientTransformationExtraArgs
 
 
 def sgd(
@@ -27,12 +27,14 @@ def sgd(
 ) -> Transformation:
     """SGD with L2 regularisation and heavy-ball momentum.
 
+    Use this when you compare with SGD as it is in the paper.
+
     x <- x - eta m [5],  m <- momentum m + grad + lambda x [6]
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: not used; there so that the variants can be swapped.
-      momentum: decay of m; None keeps no m at all.
+      spheres: ignored; accepted because all variants have the same arguments.
+      momentum: decay of m; None is SGD without m.
       weight_decay: lambda, a number or a schedule.
       mu_dtype: dtype of m; None takes the parameters'.
 
@@ -47,7 +49,7 @@ def sgd(
     >>> tx.update({"kernel": jnp.array([1.0])}, tx.init(params), params)[0]
     {'kernel': Array([-0.2], dtype=float32)}
 
-    Source: [5] and [6].
+    Source: equations [5] and [6] of the paper.
     """
     del spheres
     return optax.chain(
@@ -69,11 +71,16 @@ def sgd_mrt(
 ) -> Transformation:
     """SGD-MRT: SGD with momentum that is transported and rescaled by the ratio of the radii.
 
-    m_k = momentum (r_{k-1} / r_k) Gamma(m_{k-1}) + grad + lambda x: [6] with the carry of [19]
+    Use this when the weights are normalised and you train with SGD and momentum.
+
+    m_k = momentum (r_{k-1} / r_k) Gamma(m_{k-1}) + grad + lambda x
+
+    This is equation [6] with the old momentum brought to the new point as in equation [19]: Gamma is its
+    parallel transport from the last point to this one, r the radius.
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; the rest gets `sgd`.
+      spheres: how the leaves split into groups; all other leaves get `sgd`.
       momentum: decay of m.
       weight_decay: lambda, a number or a schedule.
       mu_dtype: dtype of m; None takes the parameters'.
@@ -91,7 +98,8 @@ def sgd_mrt(
     {'kernel': Array([[-0.3],
            [-0.4]], dtype=float32)}
 
-    Source: appendix D of the paper; the radial part of m is dropped, as in the released code.
+    Source: appendix D of the paper. As in the authors' released code, the transport drops the radial
+    part of m.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),

@@ -1,4 +1,4 @@
-"""The paper's names for its optimizers."""
+"""Optimizers by their names in the paper."""
 
 import functools
 
@@ -6,7 +6,7 @@ from spherical_optax._optimizers.adam_variants import adam, adamg, adams, adamsr
 from spherical_optax._optimizers.adamg_star import adamg_star
 from spherical_optax._optimizers.sgd_variants import sgd, sgd_mrt
 
-#: The paper's names and those of its released code.
+#: Optimizers by their names in the paper and in its released code.
 VARIANTS = {
     "Adam": adam,
     "AdamG": adamg,

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax._core.arguments import (
+    get_weight_decay,
     require_constant_decay,
     require_params,
-    weight_decay_at,
 )
 from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.matching import match
@@ -330,7 +330,7 @@ class Ema:
     def update(
         self, updates: Any, state: EmaState, params: Any, products: InnerProducts
     ) -> tuple[Any, EmaState]:
-        l2 = weight_decay_at(self.weight_decay, state.count)
+        l2 = get_weight_decay(self.weight_decay, state.count)
         mu, kept = self.momentum.update(updates, state.ema, state.kept, params, l2, products)
         count = optax.safe_increment(state.count)
         out = mu

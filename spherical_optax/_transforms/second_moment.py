@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax._core.arguments import (
+    get_weight_decay,
     is_constant_zero,
     require_constant_decay,
-    weight_decay_at,
 )
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
@@ -21,7 +21,6 @@ from spherical_optax._core.safe_math import is_zero
 from spherical_optax._core.shapes import OfGroups
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import (
-    abs_squared,
     add_decay,
     as_dtype,
     cast_like,
@@ -29,6 +28,7 @@ from spherical_optax._core.trees import (
     drop_missing,
     mix,
     mix_arrays,
+    square_modulus,
 )
 from spherical_optax._transforms.inner_products import InnerProducts, to_transformation
 
@@ -156,14 +156,14 @@ class Rms:
     def init(self, params: Any) -> RmsState:
         groups = match(self.spheres, params).with_tangent_space()
         per_group, zeros = groups.zeros_per_group(params), optax.tree.zeros_like(params)
-        nu = groups.choose(per_group, jax.tree.map(abs_squared, zeros))
+        nu = groups.choose(per_group, jax.tree.map(square_modulus, zeros))
         return RmsState(jnp.zeros([], jnp.int32), nu)
 
     def update(
         self, updates: Any, state: RmsState, params: Any, products: InnerProducts
     ) -> tuple[Any, RmsState]:
         groups = match(self.spheres, updates).with_tangent_space()
-        l2 = weight_decay_at(self.weight_decay, state.count)
+        l2 = get_weight_decay(self.weight_decay, state.count)
         count = optax.safe_increment(state.count)
         squares = self.compute_squares(updates, params, l2, products, groups)
         average = functools.partial(mix_arrays, decay=self.decay, gain=1 - self.decay)
@@ -200,7 +200,7 @@ class Rms:
                 products.xx,
             )
         sums = groups.mean(sums) if self.reduce == "mean" else sums
-        return groups.choose(sums, jax.tree.map(abs_squared, add_decay(g, x, l2)))
+        return groups.choose(sums, jax.tree.map(square_modulus, add_decay(g, x, l2)))
 
 
 def _expand_squared_length(gg: OfGroups, gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
