@@ -6,7 +6,6 @@ in Optax. Updates have the dtype of the parameters.
 """
 
 import dataclasses
-import functools
 from collections.abc import Set
 from typing import Any, NamedTuple
 
@@ -17,23 +16,18 @@ import optax
 from spherical_optax._core.arguments import (
     get_weight_decay,
     require_constant_decay,
-    require_params,
 )
-from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
-from spherical_optax._core.shapes import OfArray, OfGroups, SpreadGroups
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import (
     add_decay,
-    as_dtype,
     cast_like,
     correct_bias,
     drop_missing,
     mix,
-    mix_arrays,
 )
+from spherical_optax._transforms.first_moment import Momentum
 from spherical_optax._transforms.inner_products import (
     InnerProducts,
     compute_inner_products,
@@ -196,104 +190,6 @@ def trace(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def first_moment(
-    m: OfArray,
-    g: OfArray,
-    x: OfArray,
-    mx: SpreadGroups,
-    xx: SpreadGroups,
-    stretch: SpreadGroups | None = None,
-    *,
-    decay: Any,
-    gain: Any,
-    l2: Any = None,
-) -> OfArray:
-    r"""Eq. [19] on one array: m_k = decay (r_{k-1} / r_k) Gamma(m_{k-1}) + gain (g_k + lambda x_k).
-
-    If the step from the last point was a multiple of m, then (r_{k-1} / r_k) Gamma(m) equals the
-    projection m - <m, x> / <x, x> x at the new point x (see `ema`). For Gamma(m) without the ratio,
-    `stretch` restores the length of the projection.
-
-    Args:
-      m: the momentum m_{k-1}, of the shape of the array.
-      g: the gradient g_k.
-      x: the parameters x_k.
-      mx: <m, x> per group, ready to broadcast against the array.
-      xx: <x, x> per group.
-      stretch: factor per group of the projection; None for 1.
-      decay: rate of decay.
-      gain: factor of the new term: 1 - decay for an average, 1 for a sum.
-      l2: lambda; None for 0.
-    """
-    m = upcast(m)
-    decay, gain = as_dtype(decay, m.dtype), as_dtype(gain, m.dtype)
-    transported = m - divide_or_zero(mx, xx) * x
-    if stretch is not None:
-        transported = stretch * transported
-    return decay * transported + gain * (g if l2 is None else g + as_dtype(l2, x.dtype) * x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Momentum:
-    """Equation [19] with optional transport and ratio of radii: the common part of `ema` and `trace`."""
-
-    decay: jax.typing.ArrayLike
-    gain: jax.typing.ArrayLike
-    spheres: Spheres
-    transport: bool
-    rescale: bool
-
-    @property
-    def inner_products(self) -> Set[str]:
-        """The names of the inner products that `update` needs."""
-        if not self.transport:
-            return {"xx"} if self.rescale else set()
-        return {"mx", "xx"} if self.rescale else {"mx", "xx", "gx", "mm"}
-
-    @property
-    def keeps(self) -> bool:
-        """Whether the state holds one number per group."""
-        return self.transport != self.rescale
-
-    def init(self, params: Any) -> Any:
-        groups = match(self.spheres, params).with_tangent_space()
-        return groups.zeros_per_group(params) if self.keeps else None
-
-    def update(
-        self, g: Any, m: Any, kept: Any, x: Any, l2: Any, products: InnerProducts
-    ) -> tuple[Any, Any]:
-        """Computes the new momentum, and the new number per group if the state holds one."""
-        groups = match(self.spheres, g).with_tangent_space()
-        step_on = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
-        if self.transport or self.rescale or l2 is not None:
-            x = require_params(x)
-
-        def step_off(m, g, x, *_):
-            return mix_arrays(add_decay(g, x, l2), m, self.decay, self.gain)
-
-        if self.transport and self.rescale:
-            m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, off=step_off)
-            return m, None
-        if self.transport:
-            radial = groups.map_per_group(
-                functools.partial(_radial_part, l2=l2), products.gx, products.xx
-            )
-            stretch = groups.map_per_group(
-                _restore_length, products.mm, kept, products.mx, products.xx, m
-            )
-            # The sum over the parameters has to come before they are overwritten: see `depend_on`.
-            stretch = groups.map_per_group(depend_on, stretch, radial)
-            m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, stretch, off=step_off)
-            # The transported momentum is tangential: only the new term has a radial part.
-            radial = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
-            return m, groups.as_state(radial, kept)
-        if self.rescale:
-            radius = groups.map_per_group(sqrt, products.xx)
-            m = groups.map(lambda m, c: c * m, m, groups.map_per_group(_divide_radii, kept, radius))
-            kept = groups.as_state(radius, kept)
-        return mix(add_decay(g, x, l2), m, self.decay, self.gain), kept
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ema:
     """The block of `ema`: its `update` takes the inner products as an argument."""
@@ -339,31 +235,3 @@ class Ema:
         out = drop_missing(updates, out)
         out = correct_bias(out, self.decay, count) if self.debias else out
         return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
-
-
-def _restore_length(
-    mm: OfGroups, radial_before: OfGroups, mx: OfGroups, xx: OfGroups, m: jax.Array
-) -> OfGroups:
-    """The factor that restores the length of the momentum: transport preserves it, projection does not.
-
-    The factor divides the length of the tangential part of m at the last point by that at the present
-    point. Both lengths follow from ||m||^2 and the radial part of m at the point. If m is radial to
-    working precision, the difference is rounding noise, and the factor is 1.
-    """
-    radial_now = divide_or_zero(mx, sqrt(xx))
-    old, new = mm - radial_before * radial_before, mm - radial_now * radial_now
-    rounding = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
-    known = (old > rounding) & (new > rounding) & ~is_zero(xx)
-    return jnp.sqrt(jnp.where(known, old, 1.0) / jnp.where(known, new, 1.0))
-
-
-def _radial_part(gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
-    """<g + lambda x, u> = <g, x> / r + lambda r."""
-    r = sqrt(xx)
-    radial = divide_or_zero(gx, r)
-    return radial if l2 is None else radial + as_dtype(l2, r.dtype) * r
-
-
-def _divide_radii(before: OfGroups, now: OfGroups) -> OfGroups:
-    """r_{k-1} / r_k, or 1 if the group was zero or is zero."""
-    return jnp.where(is_zero(before), 1.0, divide_or_one(before, now))

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import spherical_optax as so
-from spherical_optax._transforms import momentum
+from spherical_optax._transforms import first_moment
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def test_adamsrt_copies_nothing():
 def test_depend_on_is_still_needed(monkeypatch):
     """`compiler_hints.depend_on` saves AdamST 42 MiB; without this difference it should go."""
     assert _temporary_mib(_step(so.adamst, 0.0)) < 0.2
-    monkeypatch.setattr(momentum, "depend_on", lambda tree, on: tree)
+    monkeypatch.setattr(first_moment, "depend_on", lambda tree, on: tree)
     assert _temporary_mib(_step(so.adamst, 0.0)) > 40
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import spherical_optax as so
 from spherical_optax._core import groups
-from spherical_optax._transforms import momentum, second_moment
+from spherical_optax._transforms import first_moment, second_moment
 from tests.optimizers import SPHERES, TABLE, random_tree
 
 
@@ -32,7 +32,7 @@ class _Module:
 def checked(monkeypatch):
     """Checks the annotations at run time, and lists the functions that ran."""
     ran = set()
-    for module in (momentum, second_moment, groups):
+    for module in (first_moment, second_moment, groups):
         owners = [module, *(c for c in vars(module).values() if inspect.isclass(c))]
         for owner in owners:
             view = _Module(module) if owner is module else owner
@@ -59,9 +59,9 @@ def test_annotations_hold_for_every_optimizer(checked):
 
 def test_a_wrong_shape_is_noticed(checked):
     m, per_column, per_row = jnp.ones((4, 3)), jnp.ones((1, 3)), jnp.ones((4, 1))
-    momentum.first_moment(m, m, m, per_column, per_column, decay=0.9, gain=0.1)
+    first_moment.first_moment(m, m, m, per_column, per_column, decay=0.9, gain=0.1)
     with pytest.raises(jaxtyping.TypeCheckError):
-        momentum.first_moment(m, m, jnp.ones(3), per_column, per_column, decay=0.9, gain=0.1)
+        first_moment.first_moment(m, m, jnp.ones(3), per_column, per_column, decay=0.9, gain=0.1)
     with pytest.raises(jaxtyping.TypeCheckError):
         second_moment.second_moment(per_column, jnp.ones((1, 2)), per_row, decay=0.9)
     assert so.geometry.norm(m, so.Sphere()).shape == (1, 3)
