@@ -7,6 +7,7 @@
 import math
 import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,45 +68,53 @@ def describe(run: Run) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    values = recipes.get_hyperparameters(args.dataset, args.model, args.optimizer)
-    given = {name: getattr(args, name) for name in values._fields}
-    values = values._replace(**{name: v for name, v in given.items() if v is not None})
-    parser.require_writable(args.out, args.out)
-    try:
-        data = load(args.dataset, args.data_dir, args.limit)
-        trainer = make_trainer(
-            *(data, args.model, args.optimizer, values),
-            *(args.epochs, args.batch_size, args.dtype),
-        )
-    except (DataError, ImageSizeError) as error:
-        parser.error(str(error))
+def choose_values(args: Namespace) -> recipes.Hyperparameters:
+    """The paper's values, but for those given on the command line."""
+    published = recipes.get_hyperparameters(args.dataset, args.model, args.optimizer)
+    given = {name: getattr(args, name) for name in published._fields}
+    return published._replace(**{name: v for name, v in given.items() if v is not None})
 
-    runs = train_seeds(trainer, args.seeds, args.epochs)
-    result = report.Result(
-        args.optimizer,
-        OPTIMIZERS[args.optimizer].label,
-        values.learning_rate,
-        trainer.state_bytes_per_parameter,
-        runs,
-    )
-    for run in runs:
-        print(describe(run))
-    title = f"{args.dataset}, {args.model}, epochs: {args.epochs}, seeds: {args.seeds}"
-    Console().print(report.make_table([result], title))
 
+def write_result(args: Namespace, values: recipes.Hyperparameters, result: report.Result) -> Path:
     recipe = {name: v for name, v in vars(args).items() if name not in ("out", "data_dir")}
     recipe |= values._asdict() | {"learning_rate_times_0.1_at_epochs_of_405": recipes.MILESTONES}
     path = args.out / f"{args.dataset}_{args.model}_{args.optimizer}.json"
-    content = {
-        "recipe": recipe,
-        "environment": report.describe_environment(),
-        **report.to_json(result),
-    }
+    environment = report.describe_environment()
+    content = {"recipe": recipe, "environment": environment, **report.to_json(result)}
     report.write_json(path, content)
-    print(path)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    values = choose_values(args)
+    parser.require_writable(args.out, args.out)
+    try:
+        trainer = make_trainer(
+            load(args.dataset, args.data_dir, args.limit),
+            args.model,
+            args.optimizer,
+            values,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+        )
+    except (DataError, ImageSizeError) as error:
+        parser.error(str(error))
+    runs = train_seeds(trainer, args.seeds, args.epochs)
+    for run in runs:
+        print(describe(run))
+    result = report.Result(
+        name=args.optimizer,
+        label=OPTIMIZERS[args.optimizer].label,
+        learning_rate=values.learning_rate,
+        state_bytes_per_parameter=trainer.state_bytes_per_parameter,
+        runs=runs,
+    )
+    title = f"{args.dataset}, {args.model}, epochs: {args.epochs}, seeds: {args.seeds}"
+    Console().print(report.make_table([result], title))
+    print(write_result(args, values, result))
     return 0
 
 

@@ -8,21 +8,24 @@ C.1.2); Theorem 4 neglects a term of the radius' fourth power (C.1.5).
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from benchmarks.assumptions.hypotheses import (
     FIRST_STEPS,
     QUANTITIES,
+    Array,
     compute_values,
     measure_drift,
     summarize_all,
     write_verdict,
 )
 from benchmarks.assumptions.picture import draw, make_table
-from benchmarks.assumptions.recording import SEED, Diverged, record
+from benchmarks.assumptions.recording import SEED, Diverged, Optimizer, Step, record
 from benchmarks.cli import Parser, at_least
 from benchmarks.reporting import report
 from benchmarks.training import recipes
@@ -42,6 +45,65 @@ def make_parser() -> Parser:
     return parser
 
 
+class Findings(NamedTuple):
+    """Everything that a page, a file or a figure says of recorded steps."""
+
+    title: str
+    filters: int
+    values: dict[str, dict[str, Array]]
+    rows: dict[str, dict[str, dict[str, Any]]]
+    verdict: dict[str, str]
+    drift: dict[str, float]
+
+
+def judge(args: Namespace, compared: dict[str, Optimizer], steps: dict[str, Step]) -> Findings:
+    rates = {name: optimizer.learning_rate for name, optimizer in compared.items()}
+    values = compute_values(steps, rates)
+    rows = summarize_all(values)
+    filters = steps["SGD"].radius.shape[1]
+    title = (
+        f"{args.model} on {args.dataset}, batches of {recipes.BATCH_SIZE}: all {filters:,} filters "
+        f"in the first {args.steps:,} steps, {filters * args.steps:,} values each"
+    )
+    drift = measure_drift(steps["SGD"], compared["SGD"])
+    return Findings(title, filters, values, rows, write_verdict(rows), drift)
+
+
+def print_findings(console: Console, found: Findings, steps: int) -> None:
+    console.print(make_table(found.rows, found.title))
+    for key, sentence in found.verdict.items():
+        console.print(f"{QUANTITIES[key].label}: {sentence}", highlight=False, markup=False)
+    console.print(
+        f"radius of SGD by Theorem 4 after {steps} steps: off by {found.drift['median']:.1e} in the "
+        f"median, at most {found.drift['max']:.1e} (relative)",
+        highlight=False,
+    )
+
+
+def to_json(args: Namespace, compared: dict[str, Optimizer], found: Findings) -> dict[str, Any]:
+    limit = f" --limit {args.limit}" if args.limit else ""
+    return {
+        "command": f"python -m benchmarks.assumptions --dataset {args.dataset} --data-dir DIR "
+        f"--model {args.model} --steps {args.steps}{limit} --out FOLDER",
+        "environment": report.describe_environment(),
+        "filters": found.filters,
+        "steps": args.steps,
+        "first_steps": FIRST_STEPS,
+        "batch_size": recipes.BATCH_SIZE,
+        "seed": SEED,
+        "optimizers": {
+            name: {"learning_rate": o.learning_rate, "l2": o.weight_decay}
+            for name, o in compared.items()
+        },
+        "verdict": found.verdict,
+        "quantities": {
+            key: {"meaning": QUANTITIES[key].meaning, **by_name}
+            for key, by_name in found.rows.items()
+        },
+        "radius_of_sgd_by_theorem_4_relative_error_after_all_steps": found.drift,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -52,49 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         compared, steps = record(data, args.model, args.steps)
     except (DataError, ImageSizeError, Diverged) as error:
         parser.error(str(error))
-
-    values = compute_values(steps, {name: o.learning_rate for name, o in compared.items()})
-    rows = summarize_all(values)
-    sentences, drift = write_verdict(rows), measure_drift(steps["SGD"], compared["SGD"])
-    filters = steps["SGD"].radius.shape[1]
-    title = (
-        f"{args.model} on {args.dataset}, batches of {recipes.BATCH_SIZE}: all {filters:,} filters "
-        f"in the first {args.steps:,} steps, {filters * args.steps:,} values each"
-    )
-    console = Console()
-    console.print(make_table(rows, title))
-    for key, sentence in sentences.items():
-        console.print(f"{QUANTITIES[key].label}: {sentence}", highlight=False, markup=False)
-    console.print(
-        f"radius of SGD by Theorem 4 after {args.steps} steps: off by {drift['median']:.1e} in the "
-        f"median, at most {drift['max']:.1e} (relative)",
-        highlight=False,
-    )
-
+    console, found = Console(), judge(args, compared, steps)
+    print_findings(console, found, args.steps)
     if args.out:
-        limit = f" --limit {args.limit}" if args.limit else ""
-        content = {
-            "command": f"python -m benchmarks.assumptions --dataset {args.dataset} --data-dir DIR "
-            f"--model {args.model} --steps {args.steps}{limit} --out FOLDER",
-            "environment": report.describe_environment(),
-            "filters": filters,
-            "steps": args.steps,
-            "first_steps": FIRST_STEPS,
-            "batch_size": recipes.BATCH_SIZE,
-            "seed": SEED,
-            "optimizers": {
-                name: {"learning_rate": o.learning_rate, "l2": o.weight_decay}
-                for name, o in compared.items()
-            },
-            "verdict": sentences,
-            "quantities": {
-                key: {"meaning": QUANTITIES[key].meaning, **by_name}
-                for key, by_name in rows.items()
-            },
-            "radius_of_sgd_by_theorem_4_relative_error_after_all_steps": drift,
-        }
-        report.write_json(args.out / "assumptions.json", content)
-        draw(values, sentences, title, args.out / "assumptions.png")
+        report.write_json(args.out / "assumptions.json", to_json(args, compared, found))
+        draw(found.values, found.verdict, found.title, args.out / "assumptions.png")
         console.print(f"written: {args.out}/assumptions.json, .png", markup=False)
     return 0
 

@@ -1,4 +1,4 @@
-"""The demo's two figures."""
+"""Training loss and radius over the epochs, drawn for several methods."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +10,18 @@ from matplotlib.figure import Figure
 from benchmarks.reporting.report import Result
 from benchmarks.training import recipes
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes let a line show that
-# another one lies on.
+# The palette of Okabe and Ito, whose colours colour-blind readers can tell apart.
+BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+VERMILION, BLUE, PURPLE = "#D55E00", "#0072B2", "#CC79A7"
+# Colour and dashes of each method: through a dashed line another line below it stays visible.
 STYLES = (
-    ("#000000", "-"),
-    ("#E69F00", "-"),
-    ("#56B4E9", "--"),
-    ("#009E73", "--"),
-    ("#D55E00", "-"),
-    ("#0072B2", "--"),
-    ("#CC79A7", "-."),
+    (BLACK, "-"),
+    (ORANGE, "-"),
+    (SKY_BLUE, "--"),
+    (GREEN, "--"),
+    (VERMILION, "-"),
+    (BLUE, "--"),
+    (PURPLE, "-."),
 )
 
 

@@ -63,8 +63,12 @@ SOURCES = {
         Source("cifar100", _CIFAR, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 4),
         Source("svhn_cropped", _CIFAR, 10, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0),
         Source(
-            *("cifar10-16", (16, 16, 3), 10, (0.4914, 0.4822, 0.4465), (0.2381, 0.2347, 0.2536)),
-            padding=0,  # a network for a CPU does not fit augmented images
+            name="cifar10-16",
+            shape=(16, 16, 3),
+            num_classes=10,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2381, 0.2347, 0.2536),
+            padding=0,  # no augmentation: a network for a CPU does not fit augmented images
             of="cifar10",
         ),
     )
