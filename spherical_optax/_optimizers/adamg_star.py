@@ -1,4 +1,4 @@
-"""AdamG*: SGD with L2, written as the adaptive method on the unit sphere that it is equivalent to."""
+"""AdamG*: SGD with L2, written as an equivalent adaptive method on the unit sphere."""
 
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ def adamg_star(
     Use this when you want the steps of SGD with L2 on weights whose radius stays 1.
 
     y = u - eta* grad / sqrt(v),  u <- y / ||y||,  v <- beta v + ||grad||^2
+    beta = (1 - eta lambda)^4,  eta* = (2 beta)^(-1/2),  v_0 = r_0^4 / (2 eta^2 beta^(1/2))
 
-    Theorem 4 gives beta = (1 - eta lambda)^4, eta* = (2 beta)^(-1/2), v_0 = r_0^4 / (2 eta^2
-    beta^(1/2)).
+    The second line is Theorem 4, with r_0 the radius at the first step.
 
     Args:
       learning_rate: eta of the SGD that it mirrors, a number or a schedule.
@@ -62,9 +62,7 @@ class MirroredRadiusState(NamedTuple):
     MOMENTS = Moments()
 
     count: jax.typing.ArrayLike  # steps taken, int32
-    radius_squared: (
-        optax.Updates
-    )  # per group: the squared radius of the weights of the mirrored SGD
+    radius_squared: optax.Updates  # squared radius, per group, of the weights of the mirrored SGD
 
 
 def _scale_by_mirrored_radius(

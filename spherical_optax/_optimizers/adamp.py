@@ -47,8 +47,8 @@ def adamp(
 
     Args:
       learning_rate: eta, a number or a schedule.
-      spheres: how the leaves split into groups; None guesses. A tree of None has no spheres and is
-        AdamW.
+      spheres: how the leaves split into groups; None guesses. A tree of None declares no
+        spheres: the optimizer is then AdamW.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside the root; in the guess, the least length in the cosine and the term added to

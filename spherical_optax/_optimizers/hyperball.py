@@ -174,7 +174,8 @@ def muonh(
     {'kernel': Array([[1.732]], dtype=float32)}
 
     Source: Wen et al. (2026), as in `hyperball`; Jordan et al., "Muon" (2024). The momentum is Jordan's
-    form of Nesterov's, beta m + (1 - beta) grad; that of `optax.contrib.scale_by_muon` is Dozat's.
+    form of Nesterov's, beta m + (1 - beta) grad. `optax.contrib.scale_by_muon`, which makes it
+    orthogonal here, would use Dozat's form.
     """
     muon = optax.chain(
         ema(beta, nesterov=True, accumulator_dtype=mu_dtype), _orthogonalize(spheres)

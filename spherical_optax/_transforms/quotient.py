@@ -62,7 +62,7 @@ def quotient(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def quotient_on_spheres(a: Ema, b: Rms) -> optax.GradientTransformationExtraArgs:
+def divide_on_spheres(a: Ema, b: Rms) -> optax.GradientTransformationExtraArgs:
     """Divides two blocks on the same spheres, like `quotient`, and computes every inner product once.
 
     `quotient(so.ema(...), so.rms(...))` would trace the common ones twice. XLA merges the duplicates,
