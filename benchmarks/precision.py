@@ -22,6 +22,7 @@ import sys
 import time
 import zipfile
 import zlib
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,29 +30,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli import DTYPES, Parser
-from benchmarks.measuring.precision_cases import (
-    Arrays,
-    Case,
-    Row,
-    Values,
-    compute_checksum,
-    list_cases,
+from benchmarks.measuring.precision_cases import Case, list_cases
+from benchmarks.measuring.precision_inputs import Values, compute_checksum
+from benchmarks.measuring.precision_judging import (
+    describe_error,
+    format_deviation,
+    judge_all,
+    list_problems,
+    passes,
+    read_deviations,
 )
-from benchmarks.reporting import report
+from benchmarks.reporting import report, tables
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CPU = RESULTS / "precision_reference.npz", RESULTS / "precision_cpu.json"
 COMMAND = "python -m benchmarks.precision"
-FACTOR = 4.0
 UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 HEADER = ("what", "float32 CPU", "float32 here", "bfloat16 CPU", "bfloat16 here", "verdict")
-
-Found = Mapping[tuple[str, str], Values | str]  # by case and dtype; or why there is nothing
 
 
 def run(case: Case, dtype: str) -> Values:
@@ -86,79 +85,8 @@ def run_all(jobs: Mapping[tuple[str, str], Case]) -> dict[tuple[str, str], Value
         return {key: future.result() for key, future in found.items()}
 
 
-def describe_error(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-
-
 def list_dtypes(case: Case) -> list[str]:
     return [dtype for dtype in DTYPES if any(dtype in row.floors for row in case.rows.values())]
-
-
-# --- judgement --------------------------------------------------------------------------------
-
-
-def measure_deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> float:
-    """Of texts: whether they differ."""
-    if x.shape != reference.shape:
-        raise ValueError(f"shape {x.shape}, in the reference {reference.shape}")
-    if x.dtype.kind == "U":
-        return float(x != reference)
-    size = max(float(np.linalg.norm(reference)), natural * x.size**0.5)
-    return float(np.linalg.norm(x - reference)) / size
-
-
-def find_largest(found: Arrays, reference: Arrays | None, natural: float) -> tuple[float, str]:
-    """The deviation, and of which array; NaN is larger than any number."""
-    if reference is None:
-        reference = {name: np.zeros(x.shape) for name, x in found.items()}
-    if found.keys() != reference.keys():
-        raise ValueError(f"{sorted(found)} are not the {sorted(reference)} of the reference")
-    names = list(found)
-    values = [measure_deviation(found[name], reference[name], natural) for name in names]
-    i = int(np.argmax(values))
-    text = found[names[i]].dtype.kind == "U" and values[i]
-    return values[i], names[i] + (f": {found[names[i]]}" if text else "")
-
-
-def choose_floor(row: Row, dtype: str) -> float:
-    coarse = dtype == "float32" and report.find_float32_products() not in ("float32", "highest")
-    return row.coarse if coarse and row.coarse is not None else row.floors[dtype]
-
-
-def judge(
-    what: str, row: Row, dtype: str, values: Values | str, reference: Values, cpu: float
-) -> dict[str, Any]:
-    """`values` are those of one case, `cpu` is the CPU's deviation."""
-    if isinstance(values, str):
-        return {"failed": values, "passes": False}
-    try:
-        expected = None if row.zero else reference[row.like or what]
-        found, of = find_largest(values[what], expected, row.natural)
-    except Exception as error:  # other arrays, other shapes, or a reference that is zero
-        return {"failed": f"not as in the reference: {describe_error(error)}", "passes": False}
-    bound = max(FACTOR * cpu, choose_floor(row, dtype))
-    return {"deviation": found, "of": of, "bound": bound, "passes": found <= bound}
-
-
-def judge_all(
-    chosen: Mapping[str, Case], found: Found, reference: Values, cpu: Mapping[Any, float]
-) -> list[dict[str, Any]]:
-    """`cpu` has the recorded deviations, by row and dtype; without one only the floor counts."""
-    return [
-        {"what": what}
-        | {
-            dtype: judge(
-                *(what, row, dtype, found[name, dtype]),
-                *(reference, cpu.get((what, dtype), 0.0)),
-            )
-            if dtype in row.floors
-            else None
-            for dtype in DTYPES
-        }
-        for name, case in chosen.items()
-        for what, row in case.rows.items()
-    ]
 
 
 def measure(
@@ -173,15 +101,6 @@ def measure(
         judged = judge_all(chosen, found, reference, read_deviations({"rows": judged}))
     environment = report.describe_environment()
     return {"environment": environment, "seconds": time.perf_counter() - start, "rows": judged}
-
-
-def read_deviations(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    return {
-        (row["what"], dtype): found
-        for row in content["rows"]
-        for dtype in DTYPES
-        if row[dtype] and (found := row[dtype].get("deviation")) is not None
-    }
 
 
 # --- the reference ----------------------------------------------------------------------------
@@ -236,15 +155,6 @@ def load() -> tuple[Values, dict[str, Any]]:
 # --- the report -------------------------------------------------------------------------------
 
 
-def _format_cell(measured: Mapping[str, Any] | None) -> str:
-    if measured is None:
-        return "-"
-    if "failed" in measured:
-        return "failed"
-    found = measured["deviation"]
-    return "NaN" if found is None or found != found else f"{found:.1e}" if found else "0"
-
-
 def format_rows(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The numbers as texts, a dash for what there is not; `cpu` is the recorded content."""
     beside = {row["what"]: row for row in cpu["rows"]}
@@ -252,7 +162,7 @@ def format_rows(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tupl
         (
             row["what"],
             *(
-                _format_cell(of.get(dtype))
+                format_deviation(of.get(dtype))
                 for dtype in DTYPES
                 for of in (beside.get(row["what"], {}), row)
             ),
@@ -262,58 +172,43 @@ def format_rows(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tupl
     ]
 
 
-def passes(row: Mapping[str, Any]) -> bool:
-    return all(row[dtype]["passes"] for dtype in DTYPES if row[dtype])
-
-
-def list_problems(content: Mapping[str, Any]) -> list[str]:
-    """A line for whatever fails."""
-    return [
-        f"{row['what']}, {dtype}: "
-        + (
-            f"failed: {found['failed']}"
-            if "failed" in found
-            else f"{_format_cell(found)} ({found['of']}), and at most {found['bound']:.1e} passes"
-        )
-        for row in content["rows"]
-        for dtype in DTYPES
-        if (found := row[dtype]) and not found["passes"]
-    ]
-
-
 def make_table(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> Table:
     environment = content["environment"]
-    found = Table(title_justify="left", box=SIMPLE_HEAD, padding=0)
-    found.title = (
+    title = (
         f"Deviation from the reference; here: {environment['device']}, default products in "
         f"{environment['float32_products']}"
     )
-    found.add_column(HEADER[0], no_wrap=True)
-    for column in HEADER[1:]:
-        found.add_column(column, justify="right", max_width=8)
-    for row in format_rows(content, cpu):
-        found.add_row(*row)
-    return found
+    return tables.to_rich(HEADER, format_rows(content, cpu), title, wrapped=HEADER[1:], width=8)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser(names: Sequence[str]) -> Parser:
     parser = Parser(prog="benchmarks.precision", description=str(__doc__).splitlines()[0])
     help_text = "record the reference and the CPU's deviations; on a CPU only"
     parser.add_argument("--record", action="store_true", help=help_text)
-    known = list_cases()
-    parser.add_argument("--only", nargs="+", choices=list(known), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
+    return parser
+
+
+def record_here(parser: Parser, args: Namespace) -> dict[str, Any]:
+    if args.only or args.out:
+        parser.error("--record: records everything, where it belongs; no other option")
+    if (platform := jax.default_backend()) != "cpu":
+        parser.error(f"--record: the reference is recorded on a CPU, and this is a {platform}")
+    try:
+        content = record()
+    except RuntimeError as error:
+        parser.exit(1, f"error: nothing recorded: {error}\n")
+    print(f"written: {REFERENCE}\nwritten: {CPU}")
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    known = list_cases()
+    parser = make_parser(list(known))
     args = parser.parse_args(argv)
     if args.record:
-        if args.only or args.out:
-            parser.error("--record: records everything, where it belongs; no other option")
-        if (platform := jax.default_backend()) != "cpu":
-            parser.error(f"--record: the reference is recorded on a CPU, and this is a {platform}")
-        try:
-            content = cpu = record()
-        except RuntimeError as error:
-            parser.exit(1, f"error: nothing recorded: {error}\n")
-        print(f"written: {REFERENCE}\nwritten: {CPU}")
+        content = cpu = record_here(parser, args)
     else:
         if args.out:
             parser.require_writable(args.out, args.out.parent)
@@ -324,14 +219,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = {name: known[name] for name in args.only or known}
         content = measure(chosen, reference, cpu)
     Console().print(make_table(content, cpu))
-    found = list_problems(content)
-    print("\n".join(found) or f"everything passes, in {content['seconds']:.0f} s")
+    problems = list_problems(content)
+    print("\n".join(problems) or f"everything passes, in {content['seconds']:.0f} s")
     if args.out:
         only = ["--only", *args.only] if args.only else []
         command = shlex.join([*COMMAND.split(), *only])
         report.write_json(args.out, {"command": command} | content)
         print(f"written: {args.out}")
-    return 1 if found else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from benchmarks import precision
-from benchmarks.measuring import precision_cases
+from benchmarks.measuring import precision_cases, precision_inputs, precision_judging
 from benchmarks.measuring.precision_cases import Row
-from benchmarks.precision import DTYPES, find_largest, main
+from benchmarks.measuring.precision_judging import DTYPES, find_largest
+from benchmarks.precision import main
 from benchmarks.reporting import report
 from benchmarks.training.methods import OPTIMIZERS
 
@@ -45,7 +46,7 @@ def test_everything_is_recorded():
     assert OPTIMIZERS.keys() <= rows.keys() & reference.keys()
     assert {what for what, row in known.items() if not (row.zero or row.like)} == reference.keys()
     assert all((row.like or what) in reference for what, row in known.items() if not row.zero)
-    assert all(precision.passes(row) for row in cpu["rows"])
+    assert all(precision_judging.passes(row) for row in cpu["rows"])
     for what, row in known.items():
         for dtype in DTYPES:
             assert (rows[what][dtype] is not None) == (dtype in row.floors)
@@ -131,7 +132,7 @@ def test_what_raises_fails_alone(method, capsys):
 )
 def test_other_arrays_than_the_reference(reference, error):
     values = {"sgd": {"a": np.ones(1)}}
-    judged = partial(precision.judge, "sgd", precision_cases.STEPPED, "float32", values)
+    judged = partial(precision_judging.judge, "sgd", precision_cases.STEPPED, "float32", values)
     assert judged({"sgd": {"a": np.ones(1)}}, 0.0)["passes"]
     found = judged(reference, 0.0)
     assert found["failed"].startswith(f"not as in the reference: {error}")
@@ -211,10 +212,10 @@ def test_largest():
 def test_floors(products, floors, monkeypatch):
     monkeypatch.setattr(report, "find_float32_products", lambda: products)
     row = Row({"float32": 1e-5, "bfloat16": 0.1}, coarse=5e-3)
-    assert [precision.choose_floor(row, dtype) for dtype in DTYPES] == floors
-    assert precision.choose_floor(row._replace(coarse=None), "float32") == 1e-5
+    assert [precision_judging.choose_floor(row, dtype) for dtype in DTYPES] == floors
+    assert precision_judging.choose_floor(row._replace(coarse=None), "float32") == 1e-5
 
 
 def test_the_inputs_are_those_of_both_dtypes():
-    for tree in (precision_cases.make_inputs(0), precision_cases.make_inputs(1, 20)):
+    for tree in (precision_inputs.make_inputs(0), precision_inputs.make_inputs(1, 20)):
         assert {x.dtype for x in jax.tree.leaves(tree)} == {jax.numpy.dtype("bfloat16")}
