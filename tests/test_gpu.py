@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import speed, table2
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import calls, check, luggage, parcels, rehearse
+from benchmarks.gpu import calls, check, luggage, parcels, rehearse, settings, stages
 
 DEVICE = {"device": "cpu", "platform": "cpu", "jax": "0.0", "slug": "cpu"}
 
@@ -136,11 +136,11 @@ def call(tmp_path, monkeypatch):
     """On a machine where everything is found."""
     carried = tmp_path / ".gpu"
     carried.mkdir()
-    (carried / "commit").write_text(f"0123abc {calls.hash_sources()}\n")
-    monkeypatch.setattr(calls, "CARRIED", carried)
+    (carried / "commit").write_text(f"0123abc {stages.hash_sources()}\n")
+    monkeypatch.setattr(stages, "CARRIED", carried)
     monkeypatch.setattr(calls, "RESULTS", tmp_path / "before")
     monkeypatch.setattr(calls, "check", lambda call: DEVICE)
-    return calls.Call(calls.SMALL, 1000, tmp_path / "keep", tmp_path / "out")
+    return stages.Call(settings.SMALL, 1000, tmp_path / "keep", tmp_path / "out")
 
 
 def record(call, monkeypatch):
@@ -152,7 +152,7 @@ def record(call, monkeypatch):
 
 def sleeping(name, seconds):
     code = f"import os, time; print(os.environ['COMMIT'], flush=True); time.sleep({seconds})"
-    return calls.Command(name, "timeit", ["-n", 1, "-r", 1, code])
+    return stages.Command(name, "timeit", ["-n", 1, "-r", 1, code])
 
 
 def test_what_takes_too_long_is_ended(call, capsys):
@@ -188,9 +188,9 @@ def test_a_process_that_is_killed_leaves_no_half_entry(tmp_path):
 
 
 def test_sources_that_have_changed_are_marked(call, tmp_path, monkeypatch):
-    assert calls.read_commit() == "0123abc"
-    monkeypatch.setattr(calls, "hash_sources", lambda: "another")
-    assert calls.read_commit() == "0123abc+"
+    assert stages.read_commit() == "0123abc"
+    monkeypatch.setattr(stages, "hash_sources", lambda: "another")
+    assert stages.read_commit() == "0123abc+"
 
 
 def timed(images_per_second, begin=0.0, epochs=3):
@@ -249,7 +249,7 @@ def test_processes_together():
 
 def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch, capsys):
     """Training begins from committed results, and a committed choice is kept."""
-    parcels.pack(npz, calls.CARRIED)
+    parcels.pack(npz, stages.CARRIED)
     before, choice = calls.RESULTS / "cpu", {"flags": "--some_flag", "processes": 2}
     (before / "table2").mkdir(parents=True)
     (before / "choice.json").write_text(json.dumps(choice))
@@ -274,21 +274,21 @@ def test_calls_go_on_where_the_last_ended(call, npz, monkeypatch, capsys):
 
 def test_training_without_a_choice(call, npz, monkeypatch):
     """Is plain, and stays so: one table has one way to train. Without time, nothing begins."""
-    parcels.pack(npz, calls.CARRIED)
+    parcels.pack(npz, stages.CARRIED)
     found = record(call, monkeypatch)
     calls._take_half(call, "a")
     calls.second(call)
     assert [command.name for command in found] == ["unpack", "training_0"]
     choice = json.loads((call.results / "choice.json").read_text())
     assert (choice["flags"], choice["processes"]) == ("", 1)
-    call._end = time.monotonic() + calls.PACKING + calls.STARTING - 5
-    with pytest.raises(calls.CallError, match="no time is left to train"):
+    call._end = time.monotonic() + stages.PACKING + calls.STARTING - 5
+    with pytest.raises(stages.CallError, match="no time is left to train"):
         calls.second(call)
 
 
 def test_commands_have_options_that_there_are(call, monkeypatch):
     found = record(call, monkeypatch)
-    for setting in (calls.Setting(), calls.SMALL):
+    for setting in (settings.Setting(), settings.SMALL):
         call.setting = setting
         (call.keep / "results/cpu/choice.json").unlink(missing_ok=True)
         calls.first(call)
@@ -305,13 +305,15 @@ def test_commands_have_options_that_there_are(call, monkeypatch):
 
 def test_a_missing_half(call, npz, monkeypatch):
     """The first call measures all the same; the second says what is missing."""
-    parcels.pack(npz, calls.CARRIED)
-    (calls.CARRIED / "a" / parcels.ABOUT).unlink()
+    parcels.pack(npz, stages.CARRIED)
+    (stages.CARRIED / "a" / parcels.ABOUT).unlink()
     found = record(call, monkeypatch)
     calls.first(call)
     assert call.failed == ["half a of the data was not carried"]
     assert found
-    with pytest.raises(calls.CallError, match="half a of the data is not here: run `first` before"):
+    with pytest.raises(
+        stages.CallError, match="half a of the data is not here: run `first` before"
+    ):
         calls.second(call)
 
 
@@ -320,7 +322,7 @@ def test_no_gpu(tmp_path, monkeypatch, capsys, small):
     """One line; what earlier calls left comes back."""
     (tmp_path / ".gpu").mkdir()
     (tmp_path / ".gpu/commit").write_text("0123abc digest")
-    monkeypatch.setattr(calls, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.setattr(stages, "CARRIED", tmp_path / ".gpu")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform" if small else "cpu")
     monkeypatch.setattr(calls, "_take_half", pytest.fail)
@@ -350,7 +352,7 @@ def test_what_is_not_installed(monkeypatch):
 )
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calls, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.setattr(stages, "CARRIED", tmp_path / ".gpu")
     monkeypatch.delenv("OUT", raising=False)
     if "second" in words:
         monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -374,7 +376,7 @@ def test_prepare(tmp_path, npz, monkeypatch, capsys):
     assert first.endswith("MiB travel; carry .gpu/commit .gpu/a")
     assert second.endswith("MiB travel; carry .gpu/commit .gpu/b")
     name, digest = (tmp_path / ".gpu/commit").read_text().split()
-    assert (name, digest) == ("0123abc", calls.hash_sources())
+    assert (name, digest) == ("0123abc", stages.hash_sources())
     (tmp_path / ".gpu/b/000.webp").unlink()  # is noticed, and made again
     assert gpu.main(words) == 0
     assert (tmp_path / ".gpu/b/000.webp").exists()
@@ -405,8 +407,8 @@ def test_a_rehearsal_fails_when_it_should(tmp_path):
     run = tmp_path / "table2" / "cifar10-16_resnet8"
     run.mkdir(parents=True)
     with pytest.raises(rehearse.Failure, match="0 runs"):
-        rehearse.check_results(tmp_path, calls.SMALL, "0123abc")
+        rehearse.check_results(tmp_path, settings.SMALL, "0123abc")
     for i in range(8):
         (run / f"{i}.json").write_text(json.dumps({"commit": None if i else "0123abc"}))
     with pytest.raises(rehearse.Failure, match="commits"):
-        rehearse.check_results(tmp_path, calls.SMALL, "0123abc")
+        rehearse.check_results(tmp_path, settings.SMALL, "0123abc")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cli import Parser, at_least
-from benchmarks.gpu import calls, luggage, parcels
+from benchmarks.gpu import calls, luggage, parcels, settings, stages
 
 LIMIT = 62 * luggage.MIB  # 64 MiB may travel
 KEEP = Path.home() / "spherical_optax_gpu"  # there, for as long as the machine stays
@@ -39,12 +39,12 @@ def prepare(data_dir: Path, folder: Path) -> None:
     if _git("status", "--porcelain"):
         raise UsageError("commit first: results name the commit that made them")
     parcels.pack(npz, folder)
-    commit = f"{_git('rev-parse', 'HEAD')} {calls.hash_sources()}\n"
+    commit = f"{_git('rev-parse', 'HEAD')} {stages.hash_sources()}\n"
     (folder / "commit").write_text(commit, "utf-8")
     tracked = sum(
         path.stat().st_size
         for name in _git("ls-files", "-z").split("\0")
-        if (path := calls.ROOT / name).is_file()
+        if (path := stages.ROOT / name).is_file()
     )
     for call, names in CARRY.items():
         there = [folder / name for name in names if (folder / name).exists()]
@@ -78,11 +78,11 @@ def run_call(args: Any) -> int:
         raise UsageError("the variable OUT does not name the folder for what should come back")
     for ended in (signal.SIGTERM, signal.SIGHUP):  # also then it brings back what it has
         signal.signal(ended, lambda *_: sys.exit("ended from outside"))
-    setting = calls.SMALL if args.small else calls.Setting()
-    call = calls.Call(setting, args.seconds, args.keep, Path(out))
+    setting = settings.SMALL if args.small else settings.Setting()
+    call = stages.Call(setting, args.seconds, args.keep, Path(out))
     try:
         getattr(calls, args.command)(call)
-    except (calls.CallError, subprocess.TimeoutExpired, OSError) as error:
+    except (stages.CallError, subprocess.TimeoutExpired, OSError) as error:
         call.failed.append(str(error))
     finally:
         call.end()
@@ -96,7 +96,7 @@ def run_call(args: Any) -> int:
 
 
 def _git(*words: str) -> str:
-    command = ["git", "-C", str(calls.ROOT), *words]
+    command = ["git", "-C", str(stages.ROOT), *words]
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip("\n\0")
 
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="pack the data, note the commit")
     command.add_argument("--data-dir", type=Path, required=True, help="holds cifar10.npz")
-    command.add_argument("--folder", type=Path, default=calls.CARRIED)
+    command.add_argument("--folder", type=Path, default=stages.CARRIED)
     for name in ("first", "second"):
         command = commands.add_parser(name, help=str(getattr(calls, name).__doc__).splitlines()[0])
         help_text = "within which the call ends; let the tool that runs it wait 20 longer"
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("collect", help="take in what came back")
     command.add_argument("folder", type=Path)
     command.add_argument("--results", type=Path, default=calls.RESULTS)
-    command.add_argument("--carried", type=Path, default=calls.CARRIED)
+    command.add_argument("--carried", type=Path, default=stages.CARRIED)
     args = parser.parse_args(argv)
     try:
         if args.command == "prepare":
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(parcels.unpack(args.keep / "data", args.keep / "npz"))
         else:
             return run_call(args)
-    except (UsageError, parcels.ParcelError, calls.CallError) as error:
+    except (UsageError, parcels.ParcelError, stages.CallError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,193 +1,27 @@
-"""The two calls: what each does in which order, how long every part may take, and what it decides.
+"""The two calls: what each does in which order, how long every part may take, and what it decides."""
 
-This process starts the others, ends them when their time is up, and packs what came of them. It never
-touches the GPU itself, so that whatever happens there it can still bring back the rest.
-"""
-
-import hashlib
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.gpu import luggage, parcels
-from benchmarks.training import recipes
+from benchmarks.gpu import luggage, parcels, stages
+from benchmarks.gpu.stages import Call, CallError, Command, read_commit
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-CARRIED = ROOT / ".gpu"
-PACKING = 12  # seconds at the end
+RESULTS = stages.ROOT / "benchmarks" / "results" / "gpu"
 STARTING = 20  # seconds that a command may take before it begins to train
 FASTER = 1.03  # by which something has to be to be chosen: repetitions differ by less
 TOGETHER = 1.15  # by which two processes have to be faster than one
 PAIR_EPOCHS = 15  # of which only those count that the other process trains through, too
-CONVOLUTIONS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
 METHOD = "adamsrt"  # whose speed decides
-TRY_AGAIN = 75  # status of benchmarks.table2: it ended in time, and goes on with the next call
 
 # What each kind of stage may take, in seconds.
 CHECK, FIRST_COMPILE, COMPILE, NUMBERS, STEP_TIMES, ALONE, UNPACK = 60, 100, 110, 60, 60, 45, 60
-
-
-class CallError(Exception):
-    """Why a call ends at once; the message is one line."""
-
-
-class Setting(NamedTuple):
-    """What is measured and trained; everything else follows from the repository."""
-
-    column: str = "cifar10/resnet20"
-    epochs: int = 10
-    dtype: str = "bfloat16"
-    methods: Sequence[str] = recipes.PAPER_METHODS
-    rates: Sequence[float] = (3.0, 10.0, 30.0)
-    decays: Sequence[float] = recipes.GRID_DECAYS
-    seeds: int = 5
-    more: Sequence[str] = ()  # options of benchmarks.table2
-    models: Sequence[str] = ("gpt2", "resnet18", "small", "resnet50")
-    contenders: Sequence[str] = (
-        "optax.adamw",
-        "so.adams",
-        "so.adamst",
-        "so.adamsrt",
-        "so.adamg",
-        "so.adamh",
-        "so.stacked(so.adamsrt)",
-        "so.track(optax.adam, every=10)",
-    )
-    rounds: int = 11
-    flags: Sequence[str] = ("", CONVOLUTIONS)  # of XLA, of which the fastest is chosen
-    other_dtypes: Sequence[str] = ("float32",)  # timed beside it
-    patience: float = 1.0  # factor of all limits
-    platform: str = "gpu"
-
-
-# For a CPU, in minutes: the same stages and files.
-SMALL = Setting(
-    column="cifar10-16/resnet8",
-    epochs=1,
-    dtype="float32",
-    methods=("adam", "adamsrt"),
-    rates=(3.0, 10.0),
-    decays=(5e-4,),
-    seeds=2,
-    more=("--images", "128", "--batch-size", "64"),
-    models=("small",),
-    contenders=("so.adamsrt", "so.stacked(so.adamsrt)"),
-    rounds=1,
-    flags=("", "--xla_cpu_enable_fast_min_max=false"),
-    other_dtypes=(),
-    patience=6.0,
-    platform="cpu",
-)
-
-
-class Command(NamedTuple):
-    name: str  # of its log
-    module: str
-    words: Sequence[Any]
-    flags: str = ""  # of XLA
-
-
-class Call:
-    """One call, which has `seconds` from now on."""
-
-    def __init__(self, setting: Setting, seconds: float, keep: Path, out: Path):
-        self.setting, self.keep, self.out = setting, keep, out
-        self._start = time.monotonic()
-        self._end = self._start + seconds
-        self.failed: list[str] = []
-        self.results = keep / "results"  # then that of the device
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        for name in ("logs", "results", "cache", "data"):
-            (keep / name).mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | {
-            "COMMIT": read_commit(),
-            "PYTHONUNBUFFERED": "1",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the card
-            "JAX_COMPILATION_CACHE_DIR": str(keep / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**33),  # or JAX does not note what was used
-        }
-
-    def count_seconds_left(self) -> float:
-        """Seconds, without those for packing."""
-        return self._end - PACKING - time.monotonic()
-
-    def say(self, text: str) -> None:
-        print(f"{time.monotonic() - self._start:5.0f} s  {text}", flush=True)
-
-    def run_stage(self, limit: float, *commands: Command) -> None:
-        """All of them side by side, to their end."""
-        if self.begin(*commands):
-            self.finish(limit, *commands)
-
-    def begin(self, *commands: Command) -> bool:
-        """Whether there is time for them."""
-        if self.count_seconds_left() <= 0:
-            self.failed += [f"{command.name}: no time" for command in commands]
-            return False
-        self.say(f"begin {', '.join(command.name for command in commands)}")
-        for command in commands:
-            flags = f"{os.environ.get('XLA_FLAGS', '')} {command.flags}".strip()
-            with (self.keep / "logs" / f"{command.name}.log").open("wb") as log:
-                self._running[command.name] = subprocess.Popen(
-                    [sys.executable, "-m", command.module, *map(str, command.words)],
-                    cwd=ROOT,
-                    env=self.environment | ({"XLA_FLAGS": flags} if flags else {}),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    process_group=0,  # of its own, to be ended with all that it has started
-                )
-        return True
-
-    def finish(self, limit: float, *commands: Command) -> None:
-        """Waits for them; what the time is too short for is ended, and the rest goes on."""
-        end = time.monotonic() + min(limit * self.setting.patience, self.count_seconds_left())
-        for name in (command.name for command in commands if command.name in self._running):
-            try:
-                status = self._running[name].wait(max(end - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                status = None
-                self._kill(name)
-            del self._running[name]
-            self._report(name, status)
-
-    def end(self) -> None:
-        """Of everything that still runs."""
-        for name in list(self._running):
-            self._kill(name)
-            del self._running[name]
-
-    def _kill(self, name: str) -> None:
-        process = self._running[name]
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            luggage.drop_unfinished(self.keep / "cache", seconds=3.0)
-
-    def read_log(self, name: str) -> str:
-        """What a command printed, empty if there was none."""
-        path = self.keep / "logs" / f"{name}.log"
-        return path.read_text("utf-8", "replace") if path.exists() else ""
-
-    def _report(self, name: str, status: int | None) -> None:
-        last = next(
-            (x for x in reversed(self.read_log(name).splitlines()) if x.strip()), ""
-        ).strip()
-        what = "its time was up" if status is None else f"status {status}"
-        if status not in (0, TRY_AGAIN):
-            self.failed.append(f"{name}: {what}, {last}")
-        self.say(f"    {name}: {what}; {last[:150]}")
 
 
 def first(call: Call) -> None:
@@ -195,7 +29,7 @@ def first(call: Call) -> None:
     setting, keep = call.setting, call.keep
     device = check(call)
     _take_half(call, "a")
-    call.say(luggage.take_cache(CARRIED / "cache.tar", keep / "cache", device))
+    call.say(luggage.take_cache(stages.CARRIED / "cache.tar", keep / "cache", device))
     (keep / "cache" / luggage.MADE_BY).write_text(json.dumps(device), "utf-8")
     results = _prepare_results(call, device)
     chosen = _read_choice(results)
@@ -252,7 +86,7 @@ def check(call: Call) -> dict[str, Any]:
     """The device; raises CallError if there is no GPU, or something is not installed."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.check"],
-        cwd=ROOT,
+        cwd=stages.ROOT,
         env=call.environment,
         capture_output=True,
         text=True,
@@ -410,25 +244,10 @@ def _make_speed(call: Call, model: str, go: Path, out: Path) -> Command:
 
 def _take_half(call: Call, half: str) -> None:
     """To where it stays as long as the machine does."""
-    if half in parcels.list_missing(CARRIED):
+    if half in parcels.list_missing(stages.CARRIED):
         call.failed.append(f"half {half} of the data was not carried")
-        call.say(f"{CARRIED / half} is not here: nothing can be trained; prepare it and carry it")
+        call.say(
+            f"{stages.CARRIED / half} is not here: nothing can be trained; prepare it and carry it"
+        )
         return
-    shutil.copytree(CARRIED / half, call.keep / "data" / half, dirs_exist_ok=True)
-
-
-def read_commit() -> str:
-    """As prepared, because a copy of the files has no history; "+" if they have changed since."""
-    try:
-        name, digest = (CARRIED / "commit").read_text("utf-8").split()
-    except (OSError, ValueError) as error:
-        raise CallError(f"{CARRIED / 'commit'} is missing: run `prepare`, and carry it") from error
-    return name if digest == hash_sources() else f"{name}+"
-
-
-def hash_sources() -> str:
-    digest = hashlib.sha256()
-    for folder in ("spherical_optax", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+    shutil.copytree(stages.CARRIED / half, call.keep / "data" / half, dirs_exist_ok=True)

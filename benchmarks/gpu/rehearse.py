@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gpu import calls, luggage
+from benchmarks.gpu import luggage, settings, stages
 
-ENVIRONMENT = calls.ROOT / ".venv-gpu"
+ENVIRONMENT = stages.ROOT / ".venv-gpu"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 FILES = 8  # that may come back
 SECONDS = 900  # of a call
@@ -57,7 +57,7 @@ def make_environment(python: str) -> Path:
 
 def copy_commit(to: Path) -> str:
     """The last commit's files; returns its name."""
-    git = ["git", "-C", str(calls.ROOT)]
+    git = ["git", "-C", str(stages.ROOT)]
     expect(
         not subprocess.check_output([*git, "status", "--porcelain"]),
         "commit first: what is not committed would not be rehearsed",
@@ -120,7 +120,7 @@ def check_logs(keep: Path, methods: int) -> None:
             expect(cached == found, f"{path.name}: compiled what was compiled for it before")
 
 
-def check_results(results: Path, setting: calls.Setting, commit: str) -> None:
+def check_results(results: Path, setting: settings.Setting, commit: str) -> None:
     methods, seeds = len(setting.methods), setting.seeds
     cells = methods * len(setting.rates) * len(setting.decays)
     pattern = f"table2/{setting.column.replace('/', '_')}/*.json"
@@ -134,7 +134,7 @@ def check_results(results: Path, setting: calls.Setting, commit: str) -> None:
 
 
 def rehearse(python: str, data_dir: Path | None) -> None:
-    setting = calls.SMALL
+    setting = settings.SMALL
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         copy, keep, results = work / "copy", work / "keep", work / "results"
@@ -147,7 +147,7 @@ def rehearse(python: str, data_dir: Path | None) -> None:
             copy / ".gpu",
         ]
         command = [sys.executable, "-m", "benchmarks.gpu", "prepare", *words]
-        subprocess.run(command, cwd=calls.ROOT, check=True)
+        subprocess.run(command, cwd=stages.ROOT, check=True)
         collected = subprocess.run(
             [interpreter, "-m", "pytest", "--quiet", "--collect-only"],
             cwd=copy,
@@ -164,7 +164,7 @@ def rehearse(python: str, data_dir: Path | None) -> None:
         command = [sys.executable, "-m", "benchmarks.gpu", "collect", out]  # the last one has all
         subprocess.run(
             [*command, "--results", results, "--carried", work / "carried"],
-            cwd=calls.ROOT,
+            cwd=stages.ROOT,
             check=True,
         )
         check_results(results / "cpu", setting, commit)
