@@ -293,7 +293,7 @@ def test_an_effective_learning_rate_that_is_not_known():
         A.plot_effective_lr(found, new_axes())
     assert str(error.value) == (
         "plot_effective_lr: the effective learning rate of this optimizer is not known; "
-        "plot_angles shows what is"
+        "plot_angles shows its angles"
     )
     assert len(A.plot_angles(found, new_axes()).lines) == 2
 
@@ -439,7 +439,7 @@ def test_sphere_loss_with_holes():
     [
         (lambda u: u, r"\(\d+, 3\)"),
         (lambda u: 1.0, r"\(\)"),
-        (lambda u: np.full(len(u), np.nan), r"\(\d+,\), or nothing finite"),
+        (lambda u: np.full(len(u), np.nan), r"\(\d+,\), or no finite number"),
     ],
 )
 def test_sphere_loss_that_is_none(loss, shape):

@@ -1,1 +1,1 @@
-"""Pictures, with Matplotlib."""
+"""Pictures of training runs and of trajectories on the sphere, with Matplotlib."""

@@ -1,8 +1,7 @@
-"""What `so.track` has kept, for loggers, TensorBoard and the terminal."""
+"""Summaries of a state of `so.track`, for loggers, TensorBoard and the terminal."""
 
 import importlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,28 +9,33 @@ import jax
 import numpy as np
 
 from spherical_optax._core.paths import leaves_with_paths
+from spherical_optax.analysis._path_order import sort_paths
 from spherical_optax.analysis._tracking.wrapper import TrackState
 
 QUANTITIES = ("radius", "angle", "effective_lr", "radial_cosine")
 
 
 def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> dict[str, float]:
-    """What the last measured step did, as a flat dict of floats that any logger takes.
+    """The last measured step as a flat dict of floats.
 
-    Keys: "step", the call of `update` that was measured, counted from 1 (0: none yet, the radii are
-    those at `init`), and "quantity/path" for the quantities radius, angle (radians), effective_lr and
-    radial_cosine: "angle/Conv_0/kernel". An effective learning rate that is not known is not there.
+    Use this when you want to hand the measurements of `so.track` to a logger, or collect them for the
+    `plot_` functions, which draw a list of these dicts.
+
+    The key "step" is the call of `update` that was measured, counted from 1. It is 0 before the first,
+    with the radii at `init`. The other keys are "quantity/path", such as "angle/Conv_0/kernel", for the
+    quantities radius, angle (radians), effective_lr and radial_cosine. An effective learning rate that
+    is not known has no key.
 
     Args:
-      state: a `TrackState`, or any state that has one in it: of a chain, `optax.MultiSteps`,
+      state: a `TrackState`, or any state that contains one: of a chain, `optax.MultiSteps`,
         `nnx.Optimizer.opt_state`.
-      reduce: what makes one number of those of a leaf's groups; the median.
+      reduce: function from the array of numbers of a leaf, one per group, to one number.
 
     Returns:
-      A new dict; a list of them, one per step, is what the `plot_` functions draw.
+      A new dict of Python floats.
 
     Raises:
-      ValueError: if there is no state of `so.track`, more than one, or one of several runs.
+      ValueError: if `state` contains no state of `so.track`, more than one, or one of several runs.
 
     >>> tx = so.track(optax.sgd(0.5), so.Sphere())
     >>> params = {"w": jnp.array([[2.0], [0.0]])}
@@ -41,13 +45,13 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
 
     Source: the quantities are those of `so.track`.
     """
-    tracked = _tracked(state)
-    # One transfer from the device for all of it.
+    tracked = _get_track_state(state)
+    # One transfer from the device for all arrays.
     step, *trees = jax.device_get([tracked.step, *(getattr(tracked, name) for name in QUANTITIES)])
     step = np.asarray(jax.tree.leaves(step)[0])
     if step.ndim:
         raise ValueError(
-            f"summary: the state is one of {step.shape} runs, of jax.vmap; take one at a time, "
+            f"summary: the state is one of {step.shape} runs, of jax.vmap; take one run, "
             "jax.tree.map(lambda x: x[0], state)"
         )
     found = {"step": float(step)}
@@ -62,15 +66,17 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
 def write_summary(writer: Any, state: Any, *, prefix: str = "spheres") -> None:
     """Writes the `summary` of a state to TensorBoard.
 
+    Use this when you watch a training run in TensorBoard.
+
     Args:
-      writer: a `tensorboardX.SummaryWriter` or anything else with its `add_scalar` (PyTorch's), a clu
-        `MetricWriter` (with `write_scalars`), or the path of a folder, for which one of the two
-        has to be installed.
+      writer: a `tensorboardX.SummaryWriter` or any object with its `add_scalar` (such as PyTorch's), a
+        clu `MetricWriter` (with `write_scalars`), or the path of a folder, which needs tensorboardX or
+        clu installed.
       state: as for `summary`.
-      prefix: the tags are "prefix/quantity/path".
+      prefix: the first part of the tags "prefix/quantity/path".
 
     Raises:
-      ValueError: if there is no state of `so.track`, or more than one.
+      ValueError: if `state` contains no state of `so.track`, or more than one.
       ImportError: for a path, if neither tensorboardX nor clu is installed.
       TypeError: if `writer` is none of these.
 
@@ -89,7 +95,7 @@ def write_summary(writer: Any, state: Any, *, prefix: str = "spheres") -> None:
     values = summary(state)
     step = int(values.pop("step"))
     if isinstance(writer, str | os.PathLike):
-        opened = _open(os.fspath(writer))
+        opened = _open_writer(os.fspath(writer))
         try:
             write_summary(opened, state, prefix=prefix)
         finally:
@@ -107,7 +113,9 @@ def write_summary(writer: Any, state: Any, *, prefix: str = "spheres") -> None:
 
 
 def summary_table(state: Any) -> Any:
-    """The `summary` of a state as a `rich.table.Table`, a row per leaf.
+    """The `summary` of a state as a table with a row per leaf.
+
+    Use this when you want to look at a state in the terminal or in a notebook.
 
     Args:
       state: as for `summary`.
@@ -116,7 +124,7 @@ def summary_table(state: Any) -> Any:
       A `rich.table.Table`; `rich.print` shows it.
 
     Raises:
-      ValueError: if there is no state of `so.track`, or more than one.
+      ValueError: if `state` contains no state of `so.track`, or more than one.
       ImportError: if rich is not installed.
 
     >>> state = so.track(optax.sgd(0.5), so.Sphere()).init({"w": jnp.ones((2, 3))})
@@ -134,9 +142,8 @@ def summary_table(state: Any) -> Any:
     made.add_column("parameter", no_wrap=True)
     for name in ("radius", "angle, rad", "smallest", "largest", "effective rate", "radial cosine"):
         made.add_column(name, justify="right")
-    for path in in_order(
-        [name.removeprefix("radius/") for name in values if name.startswith("radius/")]
-    ):
+    paths = [name.removeprefix("radius/") for name in values if name.startswith("radius/")]
+    for path in sort_paths(paths):
         cells = [
             values[f"radius/{path}"],
             values[f"angle/{path}"],
@@ -149,19 +156,8 @@ def summary_table(state: Any) -> Any:
     return made
 
 
-def in_order(paths: list[str]) -> list[str]:
-    """Conv_2 before Conv_10, if they are in the order in which JAX sorts the keys of dicts.
-
-    Other trees have an order of their own.
-    """
-    parts = [path.split("/") for path in paths]
-    if parts != sorted(parts):
-        return paths
-    return sorted(paths, key=lambda path: [(s.zfill(9), s) for s in re.split(r"(\d+)", path)])
-
-
-def _tracked(state: Any) -> TrackState:
-    found = list(_search(state))
+def _get_track_state(state: Any) -> TrackState:
+    found = list(_iterate_track_states(state))
     if len(found) != 1:
         raise ValueError(
             f"summary: {len(found) or 'no'} TrackState{'s' * (len(found) > 1)} in "
@@ -170,17 +166,19 @@ def _tracked(state: Any) -> TrackState:
     return found[0]
 
 
-def _search(state: Any) -> Iterator[TrackState]:
-    def is_tracked(node: Any) -> bool:
+def _iterate_track_states(state: Any) -> Iterator[TrackState]:
+    """Yields every `TrackState` in a state, also one inside another."""
+
+    def is_track_state(node: Any) -> bool:
         return isinstance(node, TrackState)
 
-    for node in jax.tree.leaves(state, is_leaf=is_tracked):
-        if is_tracked(node):
+    for node in jax.tree.leaves(state, is_leaf=is_track_state):
+        if is_track_state(node):
             yield node
-            yield from _search(node.inner_state)
+            yield from _iterate_track_states(node.inner_state)
 
 
-def _open(folder: str) -> Any:
+def _open_writer(folder: str) -> Any:
     for module, make in (
         ("tensorboardX", lambda m: m.SummaryWriter(folder)),
         ("clu.metric_writers", lambda m: m.SummaryWriter(folder)),
