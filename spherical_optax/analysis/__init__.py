@@ -1,7 +1,9 @@
-"""What optimizers do on the spheres: effective learning rates, angles, radii, and where they come from.
+"""Measures what optimizers do on the spheres: effective learning rates, angles and radii.
 
-`image_step` and `measure_step` look at one step, `so.track` at every step of a training run, `summary`
-and the `plot_` functions at what it kept.
+- `image_step`, `measure_step`, the `effective_` functions and `decompose_momentum` look at one step, the
+  `_equilibrium` functions and `adamg_star_from_sgd` at where steps lead.
+- `so.track` measures the steps of a training run.
+- `summary`, `summary_table`, `write_summary` and the `plot_` functions show the measurements.
 """
 
 from spherical_optax.analysis._pictures.history import plot_angles, plot_effective_lr, plot_radii

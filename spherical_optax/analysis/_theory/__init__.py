@@ -1,1 +1,1 @@
-"""One training step, in closed form."""
+"""One training step on the sphere, in closed form. This folder knows nothing about training runs."""

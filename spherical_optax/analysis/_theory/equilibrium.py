@@ -1,4 +1,4 @@
-"""Where weight decay and the growth of the radius balance: radius and angle per step."""
+"""Radius and angle per step at which weight decay and the growth of the radius balance."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from spherical_optax._core.arguments import reject_schedule
 
 
 class Equilibrium(NamedTuple):
-    """The steady state of a group under weight decay, in root mean square."""
+    """The steady state of a group under weight decay: root mean squares over steps."""
 
-    angle: jax.Array  # per step, radians
-    radius: jax.Array
+    angle: jax.Array  # of one step, radians
+    radius: jax.Array  # ||x||
 
 
 def sgd_equilibrium(
@@ -21,23 +21,29 @@ def sgd_equilibrium(
     gradient_norm: jax.typing.ArrayLike,
     momentum: jax.typing.ArrayLike = 0.0,
 ) -> Equilibrium:
-    r"""Equilibrium of SGD with L2 and heavy-ball momentum.
+    r"""Computes the equilibrium of SGD with L2 and heavy-ball momentum.
+
+    Use this when you want a radius or an angle to compare a training run with, as in `plot_angles`.
 
     angle = sqrt(2 eta lambda / (1 + mu)),   radius = (eta G^2 / (2 lambda (1 - mu)))^{1/4}
 
-    for gradients that are noise: orthogonal to x and uncorrelated from step to step, of root mean square
-    length G on the unit sphere. Every gradient adds eta / (1 - mu) of itself to x in the end, which
-    lengthens r^2 by eta^2 G^2 / (r^2 (1 - mu)^2) a step; the decay takes 2 eta lambda r^2 / (1 - mu).
+    This holds for gradients that are noise: orthogonal to x, uncorrelated from step to step, and of root
+    mean square length G on the unit sphere. Over time x moves by eta / (1 - mu) times each gradient.
+    These moves add eta^2 G^2 / (r^2 (1 - mu)^2) to r^2 per step, and the decay subtracts
+    2 eta lambda r^2 / (1 - mu).
 
     Args:
       learning_rate: eta.
       weight_decay: lambda, the L2 coefficient.
-      gradient_norm: G, root mean square of ||grad L(u)|| = r ||grad L(x)||; a number or an array, such
-        as one number per group. The angle does not depend on it.
+      gradient_norm: G, root mean square of ||grad L(u)|| = r ||grad L(x)||; a number, or an array with
+        one number per group. The angle does not depend on it.
       momentum: mu of m <- mu m + grad + lambda x.
 
     Returns:
       An `Equilibrium`: the angle of one step in radians, and the radius.
+
+    Raises:
+      ValueError: if an argument is a schedule.
 
     >>> so.analysis.sgd_equilibrium(0.1, 5e-4, gradient_norm=1.0, momentum=0.9)
     Equilibrium(angle=Array(0.007, dtype=float32), radius=Array(5.623, dtype=float32))
@@ -46,7 +52,7 @@ def sgd_equilibrium(
     neural networks" (2024); for the angle also Wan et al., "Spherical motion dynamics" (2021), and
     without momentum van Laarhoven, "L2 regularization versus batch and weight normalization" (2017).
     """
-    eta, lam, norm, mu = _floats(learning_rate, weight_decay, gradient_norm, momentum)
+    eta, lam, norm, mu = _convert_to_floats(learning_rate, weight_decay, gradient_norm, momentum)
     radius = (eta * norm * norm / (2 * lam * (1 - mu))) ** 0.25
     return Equilibrium(jnp.sqrt(2 * eta * lam / (1 + mu)), radius)
 
@@ -57,23 +63,29 @@ def adamw_equilibrium(
     size: jax.typing.ArrayLike,
     b1: jax.typing.ArrayLike = 0.9,
 ) -> Equilibrium:
-    r"""Equilibrium of AdamW: the same angle for every group, whatever its gradients.
+    r"""Computes the equilibrium of AdamW, with the same angle for every group, whatever its gradients.
+
+    Use this when you want a radius or an angle to compare a training run with, as in `plot_angles`.
 
     angle = sqrt(2 eta lambda (1 - b1) / (1 + b1)),   radius = sqrt(eta d / (2 lambda))
 
-    for gradients that are noise, orthogonal to x and uncorrelated from step to step: the d coordinates
-    of g / sqrt(v) then have root mean square 1, so r^2 grows by eta^2 d a step; the decay takes
-    2 eta lambda r^2.
+    This holds for gradients that are noise, orthogonal to x and uncorrelated from step to step. The d
+    coordinates of g / sqrt(v) then have root mean square 1. They add eta^2 d to r^2 per step, and the
+    decay subtracts 2 eta lambda r^2.
 
     Args:
       learning_rate: eta.
       weight_decay: lambda of the decoupled decay, as in `optax.adamw`: x <- x - eta (m / sqrt(v) +
         lambda x).
-      size: d, the coordinates of a group: kh * kw * in for a filter. The angle does not depend on it.
+      size: d, the number of coordinates of a group: kh * kw * in for a filter. The angle does not depend
+        on it.
       b1: decay of the first moment.
 
     Returns:
       An `Equilibrium`: the angle of one step in radians, and the radius.
+
+    Raises:
+      ValueError: if an argument is a schedule.
 
     >>> so.analysis.adamw_equilibrium(1e-3, 1e-1, size=576)
     Equilibrium(angle=Array(0.003, dtype=float32), radius=Array(1.697, dtype=float32))
@@ -81,9 +93,9 @@ def adamw_equilibrium(
     Source: Kosson, Messmer and Jaggi, "Rotational equilibrium: how weight decay balances learning across
     neural networks" (2024).
     """
-    eta, lam, d, b1 = _floats(learning_rate, weight_decay, size, b1)
+    eta, lam, d, b1 = _convert_to_floats(learning_rate, weight_decay, size, b1)
     return Equilibrium(jnp.sqrt(2 * eta * lam * (1 - b1) / (1 + b1)), jnp.sqrt(eta * d / (2 * lam)))
 
 
-def _floats(*values: jax.typing.ArrayLike) -> list[jax.Array]:
+def _convert_to_floats(*values: jax.typing.ArrayLike) -> list[jax.Array]:
     return [jnp.asarray(reject_schedule("equilibrium", x), jnp.result_type(float)) for x in values]

@@ -1,4 +1,4 @@
-"""Where the effective direction comes from: past gradients and past L2 terms [16-17]."""
+"""Splits the effective direction into past gradients and past L2 terms [16-17]."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ from spherical_optax._core.trees import as_dtype
 
 
 class MomentumParts(NamedTuple):
-    """c = (c_grad + lambda r^2 c_l2) / (b / (d^{-1/2} ||b||)): trees like the parameters."""
+    """The two parts of c = (c_grad + lambda r^2 c_l2) / (b / (d^{-1/2} ||b||))."""
 
-    c_grad: Any
-    c_l2: Any
+    c_grad: Any  # past gradients, tree like the parameters
+    c_l2: Any  # past points, tree like the parameters
 
 
 def decompose_momentum(
@@ -25,24 +25,26 @@ def decompose_momentum(
 ) -> MomentumParts:
     r"""Splits r a, the momentum on the sphere, into past gradients and past L2 terms.
 
+    Use this when you want to know how much of the direction of a step comes from weight decay.
+
     c_grad = grad L(u_k) + sum_{i<k} beta^{k-i} (r_k / r_i) grad L(u_i)                     [17]
     c_l2   = u_k         + sum_{i<k} beta^{k-i} (r_i / r_k) u_i
 
-    so that r_k a_k = c_grad + lambda r_k^2 c_l2 for a_k = beta a_{k-1} + grad L(x_k) + lambda x_k [4].
+    Then r_k a_k = c_grad + lambda r_k^2 c_l2 for a_k = beta a_{k-1} + grad L(x_k) + lambda x_k [4].
 
     Args:
       params: x_0, ..., x_k: a sequence of trees, the oldest first.
-      grads: grad L(x_0), ..., grad L(x_k), without the L2 terms.
+      grads: grad L(x_0), ..., grad L(x_k): a sequence of trees, without the L2 terms.
       decay: beta (b1 of Adam, the momentum of SGD-M).
       spheres: how the leaves split into groups.
 
     Returns:
-      `MomentumParts`, trees like x_k. Off the spheres, with every radius read as 1, the sums of
-      beta^{k-i} grad L(x_i) and of beta^{k-i} x_i.
+      `MomentumParts`, trees like x_k. Off the spheres every radius counts as 1: the parts are the sums
+      of beta^{k-i} grad L(x_i) and of beta^{k-i} x_i.
 
     Raises:
-      ValueError: if there are no sequences, if they are empty or differ in length, or `spheres` does
-        not fit.
+      ValueError: if `params` or `grads` is no sequence or empty, if their lengths differ, or if
+        `spheres` does not fit.
 
     >>> x = [{"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [2.0]])}]
     >>> g = [{"w": jnp.array([[0.0], [3.0]])}, {"w": jnp.array([[1.0], [0.0]])}]
@@ -69,7 +71,7 @@ def decompose_momentum(
             jax.tree.map(lambda p, n: as_dtype(decay, jnp.result_type(p)) * p + n, past, now)
             for past, now in ((past_grads, g), (past_points, x))
         )
-    # grad L(u_i) = r_i grad L(x_i), so only the last radius is left in the sums.
+    # grad L(u_i) = r_i grad L(x_i) cancels every radius in the sums but the last.
     return MomentumParts(
         geometry.scale(past_grads, radius, groups),
         geometry.scale(

@@ -1,4 +1,4 @@
-"""Table 1 of the paper: effective learning rate and direction of the schemes, in closed form."""
+"""Table 1 of the paper: effective learning rates and directions in closed form."""
 
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from spherical_optax._core.trees import as_dtype
 
 
 class EffectiveStep(NamedTuple):
-    """A row of Table 1."""
+    """A row of Table 1 in numbers."""
 
-    effective_lr: Any  # eta^e, group-sized
-    direction: Any  # c_perp, a tree like the parameters
+    effective_lr: Any  # eta^e, group-sized, None off the spheres
+    direction: Any  # c_perp, tree like the parameters
 
 
 def effective_sgd(
@@ -28,9 +28,13 @@ def effective_sgd(
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
 ) -> EffectiveStep:
-    r"""SGD with L2: eta^e = eta / (r^2 (1 - eta lambda)), direction grad L(u) = r grad L(x).
+    r"""Computes the effective learning rate and direction of SGD with L2.
 
-    The rows "SGD" and "SGD + L2" of Table 1. They take the gradient to be tangential (Lemma 1).
+    Use this when you want the formula of Table 1; `image_step` gives the same for any a and b.
+
+    eta^e = eta / (r^2 (1 - eta lambda)),   direction = grad L(u) = r grad L(x)
+
+    These are the rows "SGD" and "SGD + L2" of Table 1. They assume a tangential gradient (Lemma 1).
 
     Args:
       params: x, tree of arrays.
@@ -40,7 +44,7 @@ def effective_sgd(
       weight_decay: lambda of the L2 term.
 
     Returns:
-      An `EffectiveStep`; where the radius is 0 the rate is 0.
+      An `EffectiveStep`. Where the radius is 0 the rate is 0.
 
     Raises:
       ValueError: if `spheres` does not fit `params`.
@@ -66,17 +70,21 @@ def effective_sgd(
 def effective_sgd_momentum(
     params: Any, momentum: Any, learning_rate: jax.typing.ArrayLike, spheres: Spheres
 ) -> EffectiveStep:
-    r"""SGD-M: eta^e = (eta / r^2) / (1 - eta <c, u> / r^2) with c = r m, direction c_perp.
+    r"""Computes the effective learning rate and direction of SGD with momentum.
+
+    Use this when you want the formula of Table 1; `image_step` gives the same for any a and b.
+
+    eta^e = (eta / r^2) / (1 - eta <c, u> / r^2),   direction = c_perp,   c = r m
 
     Args:
       params: x, tree of arrays.
-      momentum: m of this step [6], tree like `params`: the `trace` after `optax.sgd`'s update, with the
-        L2 terms in it if there are any.
+      momentum: m of this step [6], tree like `params`: the `trace` in the state after the update of
+        `optax.sgd`, including L2 terms if there are any.
       learning_rate: eta.
       spheres: how the leaves split into groups.
 
     Returns:
-      An `EffectiveStep`; where the radius is 0 the rate is 0.
+      An `EffectiveStep`. Where the radius is 0 the rate is 0.
 
     Raises:
       ValueError: if `spheres` does not fit `params`.
@@ -89,7 +97,8 @@ def effective_sgd_momentum(
     """
     groups = match(spheres, params)
     radius = geometry.norm(params, groups)
-    return _momentum(params, momentum, radius, learning_rate, groups)
+    ones = groups.map_per_group(jnp.ones_like, radius)
+    return _compute_effective_step(params, momentum, ones, radius, learning_rate, groups)
 
 
 def effective_adam(
@@ -103,24 +112,28 @@ def effective_adam(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
 ) -> EffectiveStep:
-    r"""Adam: eta^e = (eta / (r nu)) / (1 - eta <c, u> / (r nu)) with nu = r d^{-1/2} ||b||.
+    r"""Computes the effective learning rate and direction of Adam.
 
+    Use this when you want the formula of Table 1 for moments that you have at hand; `so.track` finds the
+    moments and the hyperparameters itself.
+
+    eta^e = (eta / (r nu)) / (1 - eta <c, u> / (r nu)),   direction = c_perp
+    nu = r d^{-1/2} ||b||,   c = r a / (b / (d^{-1/2} ||b||))
     a = m / (1 - b1),   b = (1 - b1^t) / (1 - b1) (sqrt(v / (1 - b2^t)) + eps)              [9]
-    c = r a / (b / (d^{-1/2} ||b||))
 
     Args:
       params: x, tree of arrays.
-      mu: first moment m of this step, tree like `params`: that of the state after the update.
-      nu: second moment v of this step, likewise.
-      count: t, steps taken, this one included.
+      mu: first moment m of this step, tree like `params`: `mu` in the state after the update.
+      nu: second moment v of this step, tree like `params`: `nu` in the state after the update.
+      count: t, the number of steps, including this one.
       learning_rate: eta.
       spheres: how the leaves split into groups.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added outside the root.
+      eps: number that is added outside the root.
 
     Returns:
-      An `EffectiveStep`; where the radius is 0 the rate is 0.
+      An `EffectiveStep`. Where the radius is 0 the rate is 0.
 
     Raises:
       ValueError: if `spheres` does not fit `params`.
@@ -138,42 +151,44 @@ def effective_adam(
     t, beta1, beta2 = (jnp.asarray(x, dtype) for x in (count, b1, b2))
     gain, first, second = 1 - beta1, 1 - beta1**t, 1 - beta2**t
 
-    def b_of(v):
+    def compute_b(v: jax.Array) -> jax.Array:
         root = jnp.sqrt(v / second.astype(v.dtype)) + as_dtype(eps, v.dtype)
         return (first / gain).astype(v.dtype) * root
 
-    b = groups.map(b_of, nu)
+    b = groups.map(compute_b, nu)
     rms = groups.map_per_group(sqrt, groups.mean(geometry.dot(b, b, groups)))
-    # a / (b / rms), so that c is r times it, as in the other schemes.
-    a = groups.map(
+    step = groups.map(
         lambda m, b, rms: m / gain.astype(m.dtype) * divide_or_zero(rms, b),
         mu,
         b,
         rms,
     )
-    return _momentum(params, a, radius, learning_rate, groups, rms)
+    return _compute_effective_step(params, step, rms, radius, learning_rate, groups)
 
 
-def _momentum(
+def _compute_effective_step(
     params: Any,
-    a: Any,
+    step: Any,
+    rms: Any,
     radius: Any,
     learning_rate: jax.typing.ArrayLike,
     groups: Groups,
-    rms: Any = None,
 ) -> EffectiveStep:
-    """(eta / (r^2 b)) / (1 - eta <c, u> / (r^2 b)) with c = r a, and c_perp."""
-    if rms is None:
-        rms = groups.map_per_group(jnp.ones_like, radius)
+    """eta^e = (eta / (r^2 rms)) / (1 - eta <c, u> / (r^2 rms)) with c = r step, and c_perp.
 
-    def rate(r, b, ax):
+    Args:
+      params: x.
+      step: a / (b / rms), tree like `params`.
+      rms: d^{-1/2} ||b||, group-sized.
+      radius: r, group-sized.
+      learning_rate: eta.
+      groups: spheres matched with `params`.
+    """
+
+    def compute_rate(r: jax.Array, rms: jax.Array, step_x: jax.Array) -> jax.Array:
         eta = as_dtype(learning_rate, r.dtype)
-        return divide_or_zero(eta, r * r * b - eta * ax)  # <c, u> = <a, x>
+        return divide_or_zero(eta, r * r * rms - eta * step_x)  # <c, u> = <step, x>
 
-    rates = groups.map_per_group(
-        rate,
-        radius,
-        rms,
-        geometry.dot(a, params, groups),
-    )
-    return EffectiveStep(rates, geometry.scale(geometry.project(params, a, groups), radius, groups))
+    rates = groups.map_per_group(compute_rate, radius, rms, geometry.dot(step, params, groups))
+    tangent = geometry.project(params, step, groups)
+    return EffectiveStep(rates, geometry.scale(tangent, radius, groups))

@@ -1,4 +1,4 @@
-"""Theorem 4: the AdamG* that SGD is on the sphere."""
+"""Theorem 4: on the sphere, SGD with L2 is AdamG* with these constants."""
 
 from typing import Any, NamedTuple
 
@@ -15,29 +15,29 @@ class AdamGStar(NamedTuple):
 
     beta: jax.Array
     learning_rate: jax.Array  # eta*
-    v0: Any  # a number per group, as the radius that was given
+    v0: Any  # shaped like the given radius
 
 
 def adamg_star_from_sgd(
     learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike, radius: Any
 ) -> AdamGStar:
-    r"""The constants with which AdamG* follows SGD with L2, at order 2 in the step.
+    r"""Computes the constants with which AdamG* follows SGD with L2, at order 2 in the step.
+
+    Use this when you want to look at the constants; `so.adamg_star` computes its own.
 
     beta = (1 - eta lambda)^4,   eta* = (2 beta)^{-1/2},   v_0 = r_0^4 / (2 eta^2 beta^{1/2})
 
-    `so.adamg_star` applies them; this function only names them.
-
     Args:
-      learning_rate: eta of the SGD.
-      weight_decay: lambda of the SGD, whose step is x - eta (grad + lambda x).
-      radius: r_0, where the SGD starts: a number, or a tree as `so.geometry.norm` returns it.
+      learning_rate: eta of the SGD step x - eta (grad + lambda x).
+      weight_decay: lambda of the same step.
+      radius: r_0, the radius at the start: a number, or a tree as `so.geometry.norm` returns it.
 
     Returns:
       An `AdamGStar`, with `v0` shaped like `radius`.
 
     Raises:
-      ValueError: if a learning rate that is known is not positive, or learning rate times weight decay
-        is not below 1; if one of them is a schedule.
+      ValueError: if the learning rate or the weight decay is a schedule; outside `jax.jit` also if the
+        learning rate is not positive, or learning rate times weight decay is not in [0, 1).
 
     >>> star = so.analysis.adamg_star_from_sgd(0.1, 0.5, radius=2.0)
     >>> star.beta, star.learning_rate

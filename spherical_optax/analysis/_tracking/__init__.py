@@ -1,1 +1,1 @@
-"""The steps of a training run, while it runs."""
+"""The steps of a training run, measured while it runs."""

@@ -16,7 +16,7 @@ from spherical_optax._core.safe_math import (
     sqrt,
     upcast,
 )
-from spherical_optax.analysis._theory.one_step import radial_cosine
+from spherical_optax.analysis._theory.one_step import compute_radial_cosine
 from spherical_optax.analysis._tracking.probe import FittedDenominator, Given, fit_denominators
 from spherical_optax.analysis._tracking.recognise import Recognised, get_leaf_moments
 
@@ -178,7 +178,7 @@ def _measure_cosine(motion: _Motion, part: Groups) -> Any:
         return jnp.hypot(across, divide_or_zero(xq, radius))
 
     length = part.map_per_group(compute_length, motion.length, motion.xq, motion.radius)
-    return radial_cosine(motion.xq, motion.radius, length, part)
+    return compute_radial_cosine(motion.xq, motion.radius, length, part)
 
 
 def _compute_rate(
