@@ -170,6 +170,14 @@ class TestDeclaredMoments:
         expected = so.analysis.image_step(x, a, 1.0, 0.1 * (1 - B1), SPHERES)
         np.testing.assert_allclose(rate, expected.effective_lr["conv"], 1e-3)
 
+    @pytest.mark.parametrize("make", [so.adamst, so.adamg, so.sgd_mrt])
+    def test_an_optimizer_on_finer_spheres(self, make):
+        """Its arrays of one number per group are then larger than those of `track`."""
+        tx = make(0.1, {"conv": so.Sphere((1, 2, 3)), "dense": so.Sphere((0,)), "bias": None})
+        assert _get_rate(tx, "dense") is not None
+        spheres = {"conv": None, "dense": so.Sphere(()), "bias": None}
+        assert _run(so.track(tx, spheres))[2].effective_lr["dense"] is not None
+
     def test_bare_state_in_a_quotient(self):
         """Its state could be anything, also where one active coordinate hides that in the direction."""
         quotient = so.quotient(so.ema(0.9), _bare_rms())

@@ -65,7 +65,7 @@ def recognise(state: Any, params: Any, groups: Groups, trust: bool) -> list[Reco
         declared states may hold large arrays that are no moments.
     """
     moments = find_moments(state)
-    if moments is None or not _is_understood(state, groups, trust):
+    if moments is None or not _is_understood(state, params, trust):
         return [None] * len(groups.leaves)
     found = [_recognise_leaf(path, x, moments) for path, x in list_leaves(params)]
     # Tied leaves form their groups together and have one rate or none. A bias in a tie may have one
@@ -155,7 +155,7 @@ def _iterate_states(state: Any) -> Iterator[Any]:
             yield from _iterate_states(child)
 
 
-def _is_understood(state: Any, groups: Groups, trust: bool) -> bool:
+def _is_understood(state: Any, params: Any, trust: bool) -> bool:
     """Whether every array in the state is a moment, or cannot be one."""
     understood = 0
     for node in _iterate_states(state):
@@ -169,7 +169,7 @@ def _is_understood(state: Any, groups: Groups, trust: bool) -> bool:
         for name in node._fields:
             if name in names:
                 understood += _count_arrays(getattr(node, name))
-            elif trust or _is_per_group(getattr(node, name), groups):
+            elif trust or _is_small(getattr(node, name), params):
                 understood += len(_list_own_arrays(getattr(node, name)))
     return understood == _count_arrays(state)
 
@@ -185,11 +185,15 @@ def _list_own_arrays(field: Any) -> list[Any]:
     return [x for x in leaves if not is_state(x) and jnp.ndim(x) > 0]
 
 
-def _is_per_group(field: Any, groups: Groups) -> bool:
-    """Whether the arrays of a field are as small as one number per group.
+def _is_small(field: Any, params: Any) -> bool:
+    """Whether the arrays of a field hold fewer numbers than the parameters, such as one per group.
 
-    Larger arrays may be a momentum: an inner transformation may keep it in a bare tree, such as the b of
-    `so.quotient(a, b)`.
+    Arrays as large as the parameters may be a momentum: an inner transformation may keep it in a bare
+    tree, such as the b of `so.quotient(a, b)`.
     """
-    numbers = sum(math.prod(jnp.shape(x)) for x in _list_own_arrays(field))
-    return numbers <= sum(math.prod(leaf.counts) for leaf in groups.leaves if leaf is not None)
+    numbers = _count_numbers(_list_own_arrays(field))
+    return numbers == 0 or numbers < _count_numbers(jax.tree.leaves(params))
+
+
+def _count_numbers(arrays: list[Any]) -> int:
+    return sum(math.prod(jnp.shape(x)) for x in arrays)
