@@ -81,7 +81,7 @@ class ArrayGroups:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Under an explicit mesh an axis cannot be reshaped while it is sharded: copies x to all devices."""
+    """Copies x to all devices under an explicit mesh, where a sharded axis cannot be reshaped."""
     return jax.reshard(x, PartitionSpec()) if _has_explicit_mesh(x) else x
 
 
@@ -113,9 +113,9 @@ class Groups:
     ties: list[list[int]]
 
     def with_tangent_space(self) -> "Groups":
-        """Without the leaves whose groups have one coordinate, thus no tangent space.
+        """The groups without those leaves whose groups have one coordinate and thus no tangent space.
 
-        Optimizers treat these leaves like leaves off the spheres, element by element.
+        Optimizers treat such leaves element by element, like leaves off the spheres.
         """
         leaves = [None if leaf is None or leaf.size < 2 else leaf for leaf in self.leaves]
         return Groups(self.treedef, leaves, [t for t in self.ties if leaves[t[0]] is not None])
