@@ -1,172 +1,113 @@
-"""The ways in which the arrays of one module may split into groups, and the evidence for each.
+"""The ways in which arrays with one parent may split into groups together.
 
-If the groups of a candidate are invariant, so are those of every coarser one, whose groups are unions of
-them. So candidates are measured from the coarsest to the finest, and those finer than a clear "no" not
-at all.
+If the groups of a candidate are invariant, then so are the groups of every coarser candidate, because
+these are unions of them. Candidates are therefore measured from the coarsest to the finest, and a clear
+"no" of one with many groups rules out all finer ones unmeasured.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from spherical_optax._discovery.radial_sums import Part, Sums
-from spherical_optax._discovery.random_points import dimensions
-
-# How much larger the larger radius is.
-LARGER = 10.0
-# From so many groups on, the figures of one probe are a sample; of fewer, every probe has to agree.
-MANY = 16
+from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._discovery.evidence import Evidence, Figures
+from spherical_optax._discovery.radial_sums import RadialSums
+from spherical_optax._discovery.splits import coarsen, count_long_axes, enumerate_splits
 
 
-class Evidence(NamedTuple):
-    """Radial figures of a candidate: about |N(0, 1)| for groups that are not invariant, else 0."""
-
-    natural: float  # at the natural radius, of a typical group
-    large: float  # at LARGER times that, the root mean square over the groups
-    typical: float  # and of a typical group
-    worst: float  # and the largest
-    clear: float  # a natural figure beyond this is a "no"
-
-    @property
-    def possible(self) -> bool:
-        return self.natural < self.clear
-
-    def holds(self, tol: float, rounding: float) -> bool:
-        """Small at the larger radius, and natural and larger radius agree.
-
-        What remains at the natural radius may be the eps of a normalisation layer, which falls with the
-        square of the radius. If it is a branch that drowns its shortcut, or a nonlinearity that
-        saturates, then it falls with the radius.
-        """
-        agree = self.typical < max(rounding, 2 * self.natural / LARGER**2)
-        return self.possible and self.large < tol and self.worst < 10 * tol and agree
-
-    def close(self, tol: float) -> bool:
-        """Neither yes nor no; nor is what says nothing at the larger radius."""
-        return self.possible and not self.large >= 10 * tol
-
-
-@dataclasses.dataclass
 class Candidate:
-    """Arrays of one module, by their index, split into groups that are united one by one."""
+    """One array, or several that are tied, split into groups.
 
-    parts: dict[int, Part]
-    alive: bool = True  # no clear "no" so far
-    # The figures of every group, a row per probe.
-    _natural: list[np.ndarray] = dataclasses.field(default_factory=list)
-    _large: list[np.ndarray] = dataclasses.field(default_factory=list)
+    Every array splits into the same number of groups, and the n-th groups of all arrays form one group.
 
-    @functools.cached_property
-    def key(self) -> Any:
-        return frozenset(self.parts.items())
+    Attributes:
+      splits: how each array splits, by the index of the array.
+      key: the same as a hashable object.
+      size: the number of coordinates of each group, d.
+      groups: the number of groups.
+      ruled_out: whether there has been a clear "no", of this candidate or of a coarser one.
+    """
+
+    def __init__(self, splits: dict[int, ArrayGroups]):
+        self.splits = splits
+        self.key = frozenset(splits.items())
+        self.size = sum(split.own_size for split in splits.values())
+        self.groups = math.prod(next(iter(splits.values())).counts)
+        self.ruled_out = False
+        self._figures = Figures(self.groups)
 
     @functools.cached_property
     def coarser(self) -> list[Any]:
-        """The keys of the next coarser ones."""
-        columns = [part.coarser() for part in self.parts.values()]
-        return [frozenset(zip(self.parts, row, strict=True)) for row in zip(*columns, strict=True)]
+        """The keys of the next coarser candidates."""
+        columns = [coarsen(split) for split in self.splits.values()]
+        return [frozenset(zip(self.splits, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    @functools.cached_property
-    def size(self) -> int:
-        """Coordinates per group, d."""
-        return sum(part.size for part in self.parts.values())
+    def measure(self, sums: dict[int, RadialSums], large: bool = False) -> float:
+        """Takes in the radial figures |<x, g>| / ||x g|| of one probe.
 
-    @functools.cached_property
-    def groups(self) -> int:
-        return math.prod(next(iter(self.parts.values())).counts)
-
-    def measure(self, sums: dict[int, Sums], large: bool = False) -> float:
-        """Takes in the figures |<x, g>| / ||x g|| of one probe, where g says something.
-
-        Returns the largest cosine |<x, g>| / (||x|| ||g||) of these groups.
+        Returns the largest cosine |<x, g>| / (||x|| ||g||) of the groups.
         """
-        total = functools.reduce(operator.add, (sums[i].of(p) for i, p in self.parts.items()))
-        radial, squares, xx, gg = total.reshape(4, -1)
+        parts = (sums[i].sum_within(split) for i, split in self.splits.items())
+        radial, squares, xx, gg = functools.reduce(operator.add, parts).reshape(4, -1)
         influence = np.sqrt(squares)
-        # Next to the others, the row of a token that never came and a dead filter are rounding.
-        there = influence > 1e-3 * np.sqrt(np.mean(squares))
-        if not there.any():
+        # Groups with a negligible gradient (the embedding of a token that never came, a dead filter) are
+        # left out: their figures are rounding noise.
+        counts = influence > 1e-3 * np.sqrt(np.mean(squares))
+        if not counts.any():
             return 0.0
         figures = np.full(radial.shape, np.nan)
-        figures[there] = np.abs(radial[there]) / influence[there]
-        (self._large if large else self._natural).append(figures)
-        self.alive = self.alive and not self._clearly_not()
-        return float(np.max(np.abs(radial[there]) / np.sqrt(xx[there] * gg[there])))
-
-    def _clearly_not(self) -> bool:
-        natural = self._typical()
-        if self.groups >= MANY:
-            return any(f > 0.5 for f in natural) or sum(f > 0.3 for f in natural) > 1
-        return any(f > 0.3 for f in natural)
-
-    def _typical(self) -> list[float]:
-        """The median over the groups, of each probe at the natural radius."""
-        return [float(np.nanmedian(figures)) for figures in self._natural]
+        figures[counts] = np.abs(radial[counts]) / influence[counts]
+        self._figures.add(figures, large)
+        self.ruled_out = self.ruled_out or self._figures.say_no()
+        return float(np.max(np.abs(radial[counts]) / np.sqrt(xx[counts] * gg[counts])))
 
     @property
     def promising(self) -> bool:
-        return self.alive and bool(self._natural)
+        """Whether there are figures, and none of them says a clear "no"."""
+        return not self.ruled_out and self._figures.any_natural
 
     @property
     def evidence(self) -> Evidence:
-        """Of many groups, an odd probe and the worst probe of each group do not count."""
-        many = self.groups >= MANY
-        clear = 0.3 if many else 0.1
-        natural = (np.median if many else _rms)(self._typical()) if self._natural else math.nan
-        if len(self._large) < 2:  # not finite, or without influence
-            return Evidence(float(natural), math.nan, math.nan, math.nan, clear)
-        large = _largest(np.stack(self._large), but=1 if many else 0)
-        typical = float(np.median(large))
-        return Evidence(float(natural), _rms(large), typical, float(large.max()), clear)
+        return self._figures.summarize()
 
 
-def _rms(x: Any) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
+def enumerate_candidates(arrays: dict[int, Any], vectors: bool) -> list[Candidate]:
+    """All candidates of the arrays with one parent, from the coarsest to the finest.
 
-
-def _largest(rows: np.ndarray, but: int) -> np.ndarray:
-    """The largest of each column but for so many, if it has more; columns of NaN are left out."""
-    there = np.isfinite(rows).sum(axis=0)
-    index = np.clip(np.minimum(but, there - 1), 0, None)
-    descending = -np.sort(-rows, axis=0)  # NaN last
-    return np.take_along_axis(descending, index[None], axis=0)[0][there > 0]
-
-
-def candidates(arrays: dict[int, Any], vectors: bool) -> list[Candidate]:
-    """All candidates of one module's arrays, from the coarsest to the finest."""
+    Without `vectors`, at least one array of each candidate is a matrix or larger.
+    """
+    splits = {i: list(enumerate_splits(jnp.shape(x))) for i, x in arrays.items()}
     found = []
-    options = {i: list(_parts(jnp.shape(x))) for i, x in arrays.items()}
-    # Up to all of a recurrent cell; in a flat dict of many arrays no more than kernel and bias.
-    most = 5 if len(arrays) <= 5 else 3 if len(arrays) <= 8 else 2
-    for n in range(1, most + 1):
+    for n in range(1, _limit_tied_arrays(len(arrays)) + 1):
         for tied in itertools.combinations(arrays, n):
-            if not vectors and all(dimensions(arrays[i]) < 2 for i in tied):
-                continue
-            by_counts: dict[tuple[int, ...], list[list[Part]]] = {}
-            for k, i in enumerate(tied):
-                for part in options[i]:
-                    by_counts.setdefault(part.counts, [[] for _ in tied])[k].append(part)
-            for columns in by_counts.values():
-                for row in itertools.product(*columns):
-                    found.append(Candidate(dict(zip(tied, row, strict=True))))
+            if vectors or any(count_long_axes(arrays[i]) > 1 for i in tied):
+                found += _combine_splits({i: splits[i] for i in tied})
     return sorted((c for c in found if c.size > 1), key=lambda c: -c.size)
 
 
-def _parts(shape: tuple[int, ...]) -> Iterator[Part]:
-    """Every choice of index axes longer than 1, and of blocks of one of them."""
-    long = [axis for axis, length in enumerate(shape) if length > 1]
-    for n in range(len(long) + 1):
-        for axes in itertools.combinations(long, n):
-            yield Part(shape, axes)
-            for axis in axes:
-                others = tuple(a for a in axes if a != axis)
-                for blocks in range(2, shape[axis] // 2 + 1):
-                    if shape[axis] % blocks == 0:
-                        yield Part(shape, (*others, axis), blocks)
+def _limit_tied_arrays(arrays: int) -> int:
+    """The largest number of arrays that are tied.
+
+    Five arrays may be a whole recurrent cell. Among the many arrays of a flat dict, only two (a kernel
+    and a bias) are tied, because the number of combinations would explode.
+    """
+    return 5 if arrays <= 5 else 3 if arrays <= 8 else 2
+
+
+def _combine_splits(splits: dict[int, list[ArrayGroups]]) -> list[Candidate]:
+    """Every choice of one split for each array, if all have the same counts."""
+    by_counts: dict[tuple[int, ...], dict[int, list[ArrayGroups]]] = {}
+    for i, options in splits.items():
+        for split in options:
+            columns = by_counts.setdefault(split.counts, {j: [] for j in splits})
+            columns[i].append(split)
+    return [
+        Candidate(dict(zip(splits, row, strict=True)))
+        for columns in by_counts.values()
+        for row in itertools.product(*columns.values())
+    ]

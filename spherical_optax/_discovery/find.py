@@ -1,29 +1,43 @@
-"""Which parameters of a function are radially invariant, found by measurement."""
+"""`find_spheres` and `survey_spheres`: random probes, and the verdicts that follow from them."""
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
 from spherical_optax._core.sphere import Sphere, Spheres
-from spherical_optax._discovery.candidates import LARGER
-from spherical_optax._discovery.random_points import Function, fast_key
-from spherical_optax._discovery.siblings import Finding, split
-from spherical_optax._discovery.text_table import figure, table
+from spherical_optax._discovery.evidence import LARGER
+from spherical_optax._discovery.random_points import Function, make_fast_key
+from spherical_optax._discovery.siblings import Finding, Siblings, group_by_parent
+from spherical_optax._discovery.text_table import format_figure, format_table
 
 _logger = logging.getLogger("spherical_optax")
 
-# Gradients with everything at its natural radius; then seven, each with some of the arrays that may be
-# on a sphere at a larger one. The lines of the Fano plane say which: every array is there in three of
-# them, and two arrays (but every seventh) together in only one. Scaled together, what is not invariant
-# may look so: query and key of a softmax that saturates.
+# Three gradients with every array at its natural radius. They leave a few arrays that may be on spheres.
 NATURAL_PROBES = 3
-LINES = np.array([[(probe - array) % 7 in (0, 1, 3) for array in range(7)] for probe in range(7)])
 
-# What rounding leaves of a figure that would be zero, in float32 and with bfloat16 on the way.
+# Then seven gradients in which some of these arrays are at LARGER times their radius. A row is a probe
+# and a column is an array; the eighth array is in the first column again, and so on. The rows are the
+# lines of the Fano plane: each array is enlarged in three probes, and any two arrays from different
+# columns are enlarged together in exactly one. Never enlarge everything at once: a saturated softmax
+# makes query and key look invariant.
+LINES = np.array(
+    [
+        [1, 0, 0, 0, 1, 0, 1],
+        [1, 1, 0, 0, 0, 1, 0],
+        [0, 1, 1, 0, 0, 0, 1],
+        [1, 0, 1, 1, 0, 0, 0],
+        [0, 1, 0, 1, 1, 0, 0],
+        [0, 0, 1, 0, 1, 1, 0],
+        [0, 0, 0, 1, 0, 1, 1],
+    ],
+    dtype=bool,
+)
+
+# A figure that would be zero comes out below this, in float32 and with bfloat16 or float16 on the way.
 ROUNDING, LOW_ROUNDING = 2e-4, 5e-2
 
 
@@ -34,8 +48,8 @@ class Survey:
     Attributes:
       spheres: a tree shaped like the parameters.
       findings: for every real parameter array its `path`, `shape` and `sphere`, the radial figure at the
-        `natural` and the `large` radius, and the `verdict`: "sphere", "no", "no influence" (its
-        gradient vanishes: a bias in front of BatchNorm), "undecided" or "not finite".
+        `natural` and the `large` radius, and the `verdict`: "sphere", "no", "no influence" (the gradient
+        vanishes, as that of a bias in front of BatchNorm does), "undecided" or "not finite".
     """
 
     spheres: Spheres
@@ -44,7 +58,7 @@ class Survey:
     def __str__(self) -> str:
         header = ("parameter", "shape", "sphere", "radial figure", "at 10 x radius", "verdict")
         rows = [(f.path, f.shape, f.sphere, f.natural, f.large, f.verdict) for f in self.findings]
-        return table(header, rows)
+        return format_table(header, rows)
 
 
 def find_spheres(
@@ -55,54 +69,71 @@ def find_spheres(
     tol: float = 1e-2,
     vectors: bool = False,
 ) -> Spheres:
-    r"""The finest spheres under which a function is radially invariant, measured.
+    r"""The finest spheres under which a function is radially invariant, found by measurement.
 
-    By Lemma 1, [2], <grad L(x), x> = 0 on every invariant group, so one gradient shows the radial
-    derivative of all groups at once. At random points near `params`, with random contractions of the
-    outputs, the radial figure |sum(x g)| / sqrt(sum((x g)^2)) of a group is about |N(0, 1)|, unless the
-    group is invariant: then it is rounding, and what the eps of a normalisation layer leaves. (Where
-    entries are of one size it is the cosine of x and g times sqrt(d), which d, the number of
-    coordinates, does not make small; a bias among the weights of a kernel counts for what it does.)
+    Use this when you do not want to work out by hand which parameters of a network are normalised, and
+    in which groups. `survey_spheres` shows the evidence, and `check_spheres` tests the answer.
 
-    Candidates are every choice of index axes, blocks of one of them, and ties among the arrays of one
-    module. One is on spheres if its figure is below `tol` at ten times the radius, where an eps is
-    drowned, in each of three probes, and small at the natural radius in the seven others, and if it
-    falls in between to rounding or as an eps does, with the square of the radius: what saturates, or
-    drowns a shortcut, falls with the radius. Were its figures independent |N(0, 1)|, a candidate of one
-    group would pass with a probability below 1e-12, of more groups with less.
+    What `fn` has to be: the function of the parameters that is trained, for one fixed batch and with
+    everything as in training. BatchNorm is in training mode, and dropout has a fixed key. The batch has
+    eight examples or more, of real data or noise: constant images have no variance to normalise by, and
+    of two images normalisation leaves no more than the sign. The outputs are logits or loss or any tree
+    of both, but not new running statistics, which do depend on the scale of the weights.
 
-    Costs one compilation and at most ten gradients of `fn`.
+    What it costs: one compilation and at most ten gradients of `fn`.
 
-    Not looked for: ties across modules, as of the two layers in LayerNorm(Dense(x) + Dense(y)), of more
-    than five arrays (three in a module of more than five arrays, two of more than eight), and arrays of
-    which only a part is on spheres. Since it is the gradient that is measured, a `stop_gradient` inside
-    a normalisation layer, as in batch renormalisation, may leave groups on spheres whose gradient is
-    tangential though the function is not invariant: `check_spheres` tells.
+    What is not looked for:
+
+      - ties across modules, as of the two layers in LayerNorm(Dense(x) + Dense(y)); a module is the
+        arrays with one parent in the tree;
+      - ties of more than five arrays (three in a module of more than five arrays, two in one of more
+        than eight);
+      - arrays of which only a part is on spheres.
+
+    Where it may be wrong: only gradients are measured. With a `stop_gradient` inside a normalisation
+    layer, as in batch renormalisation, a gradient may be tangential although `fn` is not invariant, and
+    such groups may come out on spheres. `check_spheres` tells.
+
+    How it decides: on every invariant group <grad L(x), x> = 0 (Lemma 1, Eq. 2), and one gradient shows
+    this product for all groups at once. Gradients g of random contractions of the outputs are taken at
+    random points x near `params`. The radial figure of a group,
+
+        |sum(x g)| / sqrt(sum((x g)^2)),
+
+    is about |N(0, 1)| if the group is not invariant. If it is, the figure is rounding, and a remainder
+    that the eps of a normalisation layer leaves. (For entries of one size the figure is the cosine of x
+    and g times sqrt(d), and a large number d of coordinates does not make it small. A bias among the
+    weights of a kernel counts by its effect.)
+
+    The candidates are every choice of index axes, blocks of one of them, and ties among the arrays of
+    one module. Each is measured in seven probes at the natural radius and three at ten times that, where
+    an eps is drowned. It is on spheres if its figure is below `tol` in each of the three, small in the
+    seven, and falls in between to rounding or with the square of the radius, as an eps does. The figure
+    of a nonlinearity that saturates, or of a branch that drowns its shortcut, falls with the radius
+    only. Were its figures independent |N(0, 1)|, a candidate of one group would pass with a probability
+    below 1e-12, and one of more groups with less.
 
     Args:
-      fn: the function of the parameters that is trained: its outputs, logits or loss or any tree of
-        both, for one fixed batch. Everything as in training: BatchNorm in training mode, a fixed key for
-        dropout, a batch of eight or more of real data or noise (constant images have no variance to
-        normalise by, and two images no more than its sign). Not among the outputs: new running
-        statistics, which do depend on the scale of the weights.
+      fn: the function of the parameters, as described above.
       params: the parameters, of any radius; zeros (a BatchNorm scale that starts at zero) are moved away
         from zero before measuring. In bfloat16 or float16 they are handed to `fn` in float32 if it takes
-        them so.
+        them in float32.
       key: random key.
-      tol: bound on the radial figure. Where `fn` computes in bfloat16 or float16 inside, at least 5e-2;
-        rounding may then leave a bias that is tied undecided.
+      tol: bound on the radial figure. Where `fn` computes in bfloat16 or float16 inside, it is at least
+        5e-2; rounding may then leave a tied bias undecided.
       vectors: also find groups made of vectors alone. Scale and bias of a BatchNorm whose output goes
         through ReLU and a layer without bias to the next normalisation are truly invariant together, but
-        usually left to plain Adam. Axes of length 1 do not make an array more than a vector.
+        usually left to plain Adam. An array with one axis longer than 1 is a vector.
 
     Returns:
-      A tree shaped like `params` of `Sphere | None`: what every `spheres` argument takes. What lies
-      between yes and no is logged as a warning with its figure and left off the spheres; see
+      A tree shaped like `params` of `Sphere | None`, which every `spheres` argument takes. An array
+      whose figure is between yes and no is left off the spheres and logged as a warning; see
       `survey_spheres` for the evidence.
 
     Raises:
-      ValueError: if there are no real parameters, `fn` returns no real array, its gradient is finite
-        nowhere, or `tol` is not in (0, 1).
+      ValueError: if there are no real parameters, or they have no values; if `fn` is not a function,
+        returns no real array, or its gradient is finite at none of the points; if `tol` is not in
+        (0, 1); or if `key` is not one random key.
 
     >>> x = jax.random.normal(jax.random.key(0), (32, 4))
     >>> def fn(params):  # a dense layer and BatchNorm
@@ -115,29 +146,7 @@ def find_spheres(
     Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
     """
     survey = survey_spheres(fn, params, key=key, tol=tol, vectors=vectors)
-    for f in survey.findings:
-        if f.verdict == "not finite":
-            _logger.warning(
-                "find_spheres: %r of shape %s is left off the spheres: its gradient is not finite at "
-                "any of the random points",
-                *(f.path, f.shape),
-            )
-        if f.verdict == "undecided":
-            _logger.warning(
-                "find_spheres: %r of shape %s is undecided and left off the spheres: its radial figure "
-                "is %s at its radius, %s at 10 times that. If it is on one, give it a so.Sphere",
-                *(
-                    f.path,
-                    f.shape,
-                    figure(f.natural) or "not finite",
-                    figure(f.large) or "not finite",
-                ),
-            )
-    if all(f.sphere is None for f in survey.findings):
-        _logger.warning(
-            "find_spheres: no parameter is on a sphere. If there is a normalisation layer: is it in "
-            "training mode in fn, and are the inputs other than constant?"
-        )
+    _warn(survey.findings)
     return survey.spheres
 
 
@@ -149,12 +158,16 @@ def survey_spheres(
     tol: float = 1e-2,
     vectors: bool = False,
 ) -> Survey:
-    """What `find_spheres` finds, with the figures of every parameter; prints as a table.
+    """The spheres that `find_spheres` finds, with the figures of every parameter; prints as a table.
 
-    Arguments and errors as for `find_spheres`.
+    Use this when you want to see why a parameter is on a sphere or off the spheres. Arguments, errors
+    and the measured figure (from Lemma 1, Eq. 2) are those of `find_spheres`.
 
     Returns:
-      A `Survey`: `.spheres` and `.findings`.
+      A `Survey`: `.spheres`, a tree shaped like `params`, and `.findings`, one for each real array.
+
+    Raises:
+      ValueError: as `find_spheres`.
 
     >>> x = jax.random.normal(jax.random.key(0), (32, 4))
     >>> def fn(params):  # a dense layer and LayerNorm without a bias
@@ -164,40 +177,96 @@ def survey_spheres(
     >>> [(f.path, f.verdict) for f in survey_spheres(fn, params, key=jax.random.key(1)).findings]
     [('kernel', 'sphere'), ('scale', 'no')]
 
-    Source: as for `find_spheres`.
+    Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
     """
     if not (isinstance(tol, (int, float)) and 0 < tol < 1):
         raise ValueError(f"find_spheres: tol is {tol!r}, not a number in (0, 1)")
     function = Function("find_spheres", fn, params)
-    modules = split(function.paths, function.arrays, vectors)
-    keys = jax.random.split(fast_key("find_spheres", key), NATURAL_PROBES + len(LINES))
-
-    def probe(key: jax.Array, large: np.ndarray) -> None:
-        point_key, cotangent_key = jax.random.split(key)
-        x = function.point(point_key, np.where(large, LARGER, 1.0).tolist())
-        g = function.gradient(x, cotangent_key)
-        for module in modules:
-            module.measure(x, g, large)
-
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite does not count
-        natural = np.zeros(len(function.arrays), bool)
-        for k in keys[:NATURAL_PROBES]:
-            probe(k, natural)
-        promising = sorted(set().union(*(module.promising() for module in modules)))
-        if promising:
-            design = np.zeros((len(LINES), len(natural)), bool)
-            design[:, promising] = LINES[:, np.arange(len(promising)) % len(LINES)]
-            for k, large in zip(keys[NATURAL_PROBES:], design, strict=True):
-                probe(k, large)
-        rounding = LOW_ROUNDING if function.rounds else ROUNDING
-        tol = max(tol, rounding) if function.rounds else tol
-        found = dict(sorted(f for module in modules for f in module.findings(tol, rounding)))
-    if all(f.verdict == "not finite" for f in found.values()):
+    families = group_by_parent(function.paths, function.arrays, vectors)
+    keys = jax.random.split(make_fast_key("find_spheres", key), NATURAL_PROBES + len(LINES))
+    # Gradients that are not finite are left out later, without NumPy's warnings about them.
+    with np.errstate(invalid="ignore", over="ignore"):
+        _probe_natural_radius(function, families, keys[:NATURAL_PROBES])
+        _probe_larger_radius(function, families, keys[NATURAL_PROBES:])
+        findings = _judge(function, families, tol)
+    if all(f.verdict == "not finite" for f in findings.values()):
         raise ValueError(
-            "find_spheres: the gradient of fn is finite at none of ten random points near params; check "
-            "that fn(params) is finite, and for what it divides by or takes the root of"
+            "find_spheres: the gradient of fn is finite at none of the random points near params. Check "
+            "that fn(params) is finite, and that fn neither divides by zero nor takes its root"
         )
+    return Survey(_to_tree(function, findings), tuple(findings.values()))
+
+
+def _probe_natural_radius(
+    function: Function, families: list[Siblings], keys: Iterable[jax.Array]
+) -> None:
+    """Probes with every array at its natural radius."""
+    for key in keys:
+        _probe(function, families, key, large=np.zeros(len(function.arrays), bool))
+
+
+def _probe_larger_radius(
+    function: Function, families: list[Siblings], keys: Iterable[jax.Array]
+) -> None:
+    """Probes by LINES those arrays that may be on spheres; nothing if there are none."""
+    promising = sorted(set().union(*(siblings.find_promising() for siblings in families)))
+    if not promising:
+        return
+    design = np.zeros((len(LINES), len(function.arrays)), bool)
+    design[:, promising] = LINES[:, np.arange(len(promising)) % len(LINES)]
+    for key, large in zip(keys, design, strict=True):
+        _probe(function, families, key, large)
+
+
+def _probe(function: Function, families: list[Siblings], key: jax.Array, large: np.ndarray) -> None:
+    """One gradient at a random point, with the arrays in `large` at LARGER times their radius."""
+    point_key, cotangent_key = jax.random.split(key)
+    x = function.draw_point(point_key, np.where(large, LARGER, 1.0).tolist())
+    g = function.compute_gradient(x, cotangent_key)
+    for siblings in families:
+        siblings.measure(x, g, large)
+
+
+def _judge(function: Function, families: list[Siblings], tol: float) -> dict[int, Finding]:
+    """The findings in the order of the arrays."""
+    rounding = LOW_ROUNDING if function.rounds else ROUNDING
+    tol = max(tol, rounding) if function.rounds else tol
+    findings: dict[int, Finding] = {}
+    for siblings in families:
+        findings.update(siblings.judge(tol, rounding))
+    return {i: findings[i] for i in sorted(findings)}
+
+
+def _to_tree(function: Function, findings: dict[int, Finding]) -> Spheres:
+    """The spheres in the structure of the parameters, with None for leaves that are no real arrays."""
     specs: list[Sphere | None] = [None] * len(function.leaves)
-    for i, finding in found.items():
+    for i, finding in findings.items():
         specs[function.real[i]] = finding.sphere
-    return Survey(jax.tree.unflatten(function.treedef, specs), tuple(found.values()))
+    return jax.tree.unflatten(function.treedef, specs)
+
+
+def _warn(findings: tuple[Finding, ...]) -> None:
+    """Logs every parameter without a clear verdict, and whether there are no spheres at all."""
+    for f in findings:
+        if f.verdict == "not finite":
+            _logger.warning(
+                "find_spheres: %r of shape %s is left off the spheres: its gradient is not finite at "
+                "any of the random points",
+                f.path,
+                f.shape,
+            )
+        if f.verdict == "undecided":
+            _logger.warning(
+                "find_spheres: %r of shape %s is undecided and left off the spheres: its radial figure "
+                "is %s at its radius, and %s at 10 times its radius. If you know that it is on a "
+                "sphere, give it a so.Sphere",
+                f.path,
+                f.shape,
+                format_figure(f.natural) or "not finite",
+                format_figure(f.large) or "not finite",
+            )
+    if all(f.sphere is None for f in findings):
+        _logger.warning(
+            "find_spheres: no parameter is on a sphere. If there is a normalisation layer: is it in "
+            "training mode in fn, and are the inputs other than constant?"
+        )

@@ -1,4 +1,4 @@
-"""The arrays of one module, and the finest of their candidates that hold."""
+"""Arrays with one parent in the tree, and the finest of their candidates that hold."""
 
 import math
 from collections.abc import Iterator
@@ -9,114 +9,152 @@ import numpy as np
 
 from spherical_optax._core.paths import Path
 from spherical_optax._core.sphere import Sphere
-from spherical_optax._discovery.candidates import MANY, Candidate, candidates
-from spherical_optax._discovery.radial_sums import Sums
+from spherical_optax._discovery.candidates import Candidate, enumerate_candidates
+from spherical_optax._discovery.evidence import MANY
+from spherical_optax._discovery.radial_sums import RadialSums
+from spherical_optax._discovery.splits import make_sphere
 
-# A gradient this small next to those of other arrays is rounding.
+# An array with less influence than this, relative to the largest influence, has a gradient of rounding.
 NO_INFLUENCE = 1e-5
 
 
 class Finding(NamedTuple):
-    """What was measured of one parameter array."""
+    """What was measured of one parameter array.
+
+    Attributes:
+      path: its path, with slashes.
+      shape: its shape.
+      sphere: its sphere, or None.
+      natural: its radial figure at the natural radius.
+      large: its radial figure at ten times that radius; NaN if it was not measured there.
+      verdict: "sphere", "no", "no influence", "undecided" or "not finite".
+    """
 
     path: str
     shape: tuple[int, ...]
     sphere: Sphere | None
-    natural: float  # the radial figure at the natural radius
-    large: float  # and at ten times that
-    verdict: str  # "sphere", "no", "no influence", "undecided" or "not finite"
+    natural: float
+    large: float
+    verdict: str
 
 
-class Module:
-    """Arrays with a common parent in the tree, by their index."""
+class Siblings:
+    """The arrays with one parent, which may form spheres together, by their index."""
 
     def __init__(self, paths: dict[int, Path], arrays: dict[int, jax.Array], vectors: bool):
-        self.paths, self.arrays = paths, arrays
+        self._paths, self._arrays = paths, arrays
         self._influence: dict[int, list[float]] = {i: [] for i in arrays}
-        self._radial: dict[int, list[float]] = {i: [] for i in arrays}
-        self._candidates = candidates(arrays, vectors)
+        self._figures: dict[int, list[float]] = {i: [] for i in arrays}
+        self._candidates = enumerate_candidates(arrays, vectors)
         self._by_key = {c.key: c for c in self._candidates}
 
     def measure(self, x: list[jax.Array], g: list[jax.Array], large: np.ndarray) -> None:
-        """Takes in a probe: parameters and gradients, and which arrays are at the larger radius."""
-        sums = {i: Sums(x[i], g[i]) for i in self.arrays}
+        """Takes in a probe: parameters x, gradients g, and which arrays are at the larger radius."""
+        sums = {i: RadialSums(x[i], g[i]) for i in self._arrays}
         most = max((s.influence for s in sums.values() if s.influence > 0), default=1.0)
         for i, s in sums.items():
             self._influence[i].append(s.influence / most)
-            self._radial[i].append(s.figure)
+            self._figures[i].append(s.figure)
         for candidate in self._candidates:
-            # The eps of all filters of a layer may add up: few groups say nothing about finer ones.
-            above = (self._by_key.get(key) for key in candidate.coarser)
-            if any(c is not None and c.groups >= MANY and not c.alive for c in above):
-                candidate.alive = False
-            if candidate.alive:
-                largest = max(candidate.parts, key=lambda i: self.arrays[i].size)
-                candidate.measure(sums, bool(large[largest]))
+            if self._is_finer_than_a_no(candidate):
+                candidate.ruled_out = True
+            if not candidate.ruled_out:
+                largest = max(candidate.splits, key=lambda i: self._arrays[i].size)
+                candidate.measure(sums, large=bool(large[largest]))
 
-    def promising(self) -> set[int]:
-        """The arrays that may be on a sphere, so far."""
-        return {i for c in self._candidates if c.promising for i in c.parts}
+    def _is_finer_than_a_no(self, candidate: Candidate) -> bool:
+        """Whether a coarser candidate with many groups is ruled out.
 
-    def findings(self, tol: float, rounding: float) -> Iterator[tuple[int, Finding]]:
+        The "no" of a few large groups does not count: the eps of the many filters in a layer may add up
+        to it, although every filter alone is invariant but for its eps.
+        """
+        coarser = (self._by_key.get(key) for key in candidate.coarser)
+        return any(c is not None and c.groups >= MANY and c.ruled_out for c in coarser)
+
+    def find_promising(self) -> set[int]:
+        """The arrays that may still be on a sphere."""
+        return {i for c in self._candidates if c.promising for i in c.splits}
+
+    def judge(self, tol: float, rounding: float) -> Iterator[tuple[int, Finding]]:
+        """The finding of each array, with its index, after all probes."""
         chosen = self._choose(tol, rounding)
-        close = [c for c in self._candidates if c.promising and c.evidence.close(tol)]
-        for i, array in self.arrays.items():
-            sphere, natural, large = None, _median(self._radial[i]), math.nan
+        close = [c for c in self._candidates if c.promising and c.evidence.is_close(tol)]
+        for i in self._arrays:
             if i in chosen:
-                c = chosen[i]
-                # Per filter, or per layer after all?
-                rivals = [d for d in close if d.parts.keys() == c.parts.keys() and d.size < c.size]
-                verdict = "undecided" if rivals else "sphere"
-                sphere = None if rivals else c.parts[i].sphere(self._tie(c, chosen))
-                natural, large = (rivals[0] if rivals else c).evidence[:2]
-            elif not np.isfinite(self._influence[i]).any():
-                verdict = "not finite"
-            elif np.nanmax(self._influence[i]) < NO_INFLUENCE:
-                verdict = "no influence"
-            elif rivals := [
-                c for c in close if i in c.parts and not chosen.keys() & c.parts.keys()
-            ]:
-                verdict = "undecided"
-                natural, large = min((c.evidence for c in rivals), key=lambda e: e.large)[:2]
+                yield i, self._judge_chosen(i, chosen, close)
             else:
-                verdict = "no"
-            path = "/".join(self.paths[i])
-            yield i, Finding(path, array.shape, sphere, natural, large, verdict)
+                yield i, self._judge_other(i, chosen, close)
 
     def _choose(self, tol: float, rounding: float) -> dict[int, Candidate]:
-        """The finest that hold, without overlap."""
+        """The finest candidates that hold, without overlap, for each of their arrays."""
         holding = [c for c in self._candidates if c.promising and c.evidence.holds(tol, rounding)]
         chosen: dict[int, Candidate] = {}
         for c in sorted(holding, key=lambda c: c.size):
-            # A kernel is as invariant alone as with its bias if the bias does not matter. If it is less
-            # so, then the bias does, and is only small next to what large inputs make of the kernel.
-            wider = [w.evidence.large for w in holding if w.parts.items() > c.parts.items()]
-            alone = all(c.evidence.large < 10 * max(large, 1e-5) for large in wider)
-            if alone and not chosen.keys() & c.parts.keys():
-                chosen |= dict.fromkeys(c.parts, c)
+            # If a kernel alone is as invariant as kernel and bias together, the bias has no effect. If
+            # the kernel alone is clearly less so, by a factor of 10, the bias matters and must be tied:
+            # its effect is only small next to that of the kernel on large inputs.
+            wider = [w.evidence.large for w in holding if w.splits.items() > c.splits.items()]
+            complete = all(c.evidence.large < 10 * max(large, 1e-5) for large in wider)
+            if complete and not chosen.keys() & c.splits.keys():
+                chosen |= dict.fromkeys(c.splits, c)
         return chosen
 
-    def _tie(self, c: Candidate, chosen: dict[int, Candidate]) -> str | None:
-        """The module's path, or the arrays' own if the module has several ties."""
-        if len(c.parts) < 2:
+    def _judge_chosen(
+        self, i: int, chosen: dict[int, Candidate], close: list[Candidate]
+    ) -> Finding:
+        """On a sphere, unless a finer candidate of the same arrays says neither yes nor no.
+
+        In that case it is open whether there is a sphere per layer or one per filter.
+        """
+        c = chosen[i]
+        finer = [d for d in close if d.splits.keys() == c.splits.keys() and d.size < c.size]
+        if finer:
+            evidence = finer[0].evidence
+            return self._make_finding(i, "undecided", evidence.natural, evidence.large)
+        sphere = make_sphere(c.splits[i], self._name_tie(c, chosen))
+        return self._make_finding(i, "sphere", c.evidence.natural, c.evidence.large, sphere)
+
+    def _judge_other(self, i: int, chosen: dict[int, Candidate], close: list[Candidate]) -> Finding:
+        """Off the spheres, and why."""
+        natural = _take_median(self._figures[i])
+        if not np.isfinite(self._influence[i]).any():
+            return self._make_finding(i, "not finite", natural, math.nan)
+        if np.nanmax(self._influence[i]) < NO_INFLUENCE:
+            return self._make_finding(i, "no influence", natural, math.nan)
+        rivals = [c for c in close if i in c.splits and not chosen.keys() & c.splits.keys()]
+        if rivals:
+            evidence = min((c.evidence for c in rivals), key=lambda e: e.large)
+            return self._make_finding(i, "undecided", evidence.natural, evidence.large)
+        return self._make_finding(i, "no", natural, math.nan)
+
+    def _make_finding(
+        self, i: int, verdict: str, natural: float, large: float, sphere: Sphere | None = None
+    ) -> Finding:
+        path, shape = "/".join(self._paths[i]), self._arrays[i].shape
+        return Finding(path, shape, sphere, natural, large, verdict)
+
+    def _name_tie(self, c: Candidate, chosen: dict[int, Candidate]) -> str | None:
+        """The path of the parent, or the paths of the tied arrays if their parent has several ties."""
+        if len(c.splits) < 2:
             return None
-        module = self.paths[next(iter(c.parts))][:-1]
-        alone = all(d is c or len(d.parts) < 2 for d in chosen.values())
-        if module and alone:
-            return "/".join(module)
-        return "+".join("/".join(self.paths[i]) for i in c.parts)
+        parent = self._paths[next(iter(c.splits))][:-1]
+        only_tie = all(d is c or len(d.splits) < 2 for d in chosen.values())
+        if parent and only_tie:
+            return "/".join(parent)
+        return "+".join("/".join(self._paths[i]) for i in c.splits)
 
 
-def _median(figures: list[float]) -> float:
+def _take_median(figures: list[float]) -> float:
     return float(np.nanmedian(figures)) if np.isfinite(figures).any() else math.nan
 
 
-def split(paths: list[Path], arrays: list[jax.Array], vectors: bool) -> list[Module]:
-    """By parent; in flat dicts a dot within a name counts as a level too."""
-    modules: dict[str, list[int]] = {}
+def group_by_parent(paths: list[Path], arrays: list[jax.Array], vectors: bool) -> list[Siblings]:
+    """The arrays by their parent in the tree; in flat dicts a dot within a name is a level, too."""
+    parents: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
-        modules.setdefault("/".join(path).replace(".", "/").rpartition("/")[0], []).append(i)
+        parent = "/".join(path).replace(".", "/").rpartition("/")[0]
+        parents.setdefault(parent, []).append(i)
     return [
-        Module({i: paths[i] for i in m}, {i: arrays[i] for i in m}, vectors)
-        for m in modules.values()
+        Siblings({i: paths[i] for i in indices}, {i: arrays[i] for i in indices}, vectors)
+        for indices in parents.values()
     ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import spherical_optax as so
+from spherical_optax._discovery.find import LINES
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (32, 12))
@@ -465,6 +466,19 @@ class TestPrecision:
         assert so.find_spheres(fn, params, key=KEY) == {"kernel": FILTER, "head": None}
 
 
+class TestDesign:
+    """The probes at the larger radius: which arrays are enlarged together."""
+
+    def test_any_two_arrays_are_enlarged_together_exactly_once(self):
+        together = LINES.T.astype(int) @ LINES
+        np.testing.assert_array_equal(np.diag(together), 3)  # each array alone
+        np.testing.assert_array_equal(together[~np.eye(7, dtype=bool)], 1)
+
+    def test_three_of_seven_arrays_are_enlarged_in_each_probe(self):
+        assert LINES.shape == (7, 7)
+        np.testing.assert_array_equal(LINES.sum(axis=1), 3)
+
+
 class TestCost:
     def test_ten_gradients_and_one_compilation(self):
         fn, params = two_layers()
@@ -557,7 +571,7 @@ class TestErrors:
             ((lambda p: jnp.arange(3), params), {}, "returns no real array"),
             ((lambda p: None, params), {}, "returns no real array"),
             ((params, fn), {}, "fn is a dict, not a function"),
-            ((lambda p: fn(p) / 0.0, params), {}, "finite at none of ten random points"),
+            ((lambda p: fn(p) / 0.0, params), {}, "finite at none of the random points"),
         ]
         for args, kwargs, message in cases:
             with pytest.raises(ValueError, match=message):
