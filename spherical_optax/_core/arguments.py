@@ -51,6 +51,6 @@ def get_weight_decay(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
 def require_params(params: Any) -> Any:
     if params is None:
         raise ValueError(
-            "this transformation needs the parameters: call update(updates, state, params)"
+            "this transformation moves with the parameters: call update(updates, state, params)"
         )
     return params
