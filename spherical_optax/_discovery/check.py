@@ -185,11 +185,9 @@ class _TiedArrays:
 def _group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[_TiedArrays]:
     """The real arrays on spheres, with those together that have to be scaled together."""
     groups = match(spheres, params)
-    tied = {i for tie in groups.ties for i in tie}
-    alone = [[i] for i, leaf in enumerate(groups.leaves) if leaf is not None and i not in tied]
     number = {i: n for n, i in enumerate(function.real)}  # an empty array has no number
     found: list[_TiedArrays] = []
-    for indices in [*groups.ties, *alone]:
+    for indices, _ in groups.parts():
         leaves = {
             number[i]: leaf
             for i in indices

@@ -18,6 +18,7 @@ from spherical_optax._core.safe_math import (
     sqrt,
 )
 from spherical_optax._core.sphere import Spheres
+from spherical_optax._core.trees import cast_like
 
 
 class ImageStep(NamedTuple):
@@ -120,7 +121,7 @@ def image_step(
         lambda x, t: x - multiply_by_eta(t),
         params,
         quotient,
-        off=lambda x, t: x - _cast_like(multiply_by_eta(t), x),
+        off=lambda x, t: x - cast_like(multiply_by_eta(t), x),
     )
     return ImageStep(
         rate,
@@ -174,7 +175,7 @@ def measure_step(params: Any, updates: Any, spheres: Spheres) -> MeasuredStep:
         lambda x, q: x + q,
         params,
         updates,
-        off=lambda x, q: x if q is None else x + _cast_like(q, x),
+        off=lambda x, q: x if q is None else x + cast_like(q, x),
     )
     next_radius = _compute_next_radius(following, along, across, radius, groups)
     return MeasuredStep(
@@ -231,8 +232,4 @@ def _fill_tree(tree: Any, params: Any) -> Any:
 
 
 def _divide(x: Any, a: Any, b: Any) -> Any:
-    return None if a is None else divide_arrays(_cast_like(a, x), _cast_like(b, x))
-
-
-def _cast_like(x: Any, like: Any) -> jax.Array:
-    return jnp.asarray(x, jnp.result_type(like))
+    return None if a is None else divide_arrays(cast_like(a, x), cast_like(b, x))

@@ -9,6 +9,7 @@ import optax
 
 from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.groups import Groups
+from spherical_optax._core.projection import remove_radial
 from spherical_optax._core.safe_math import (
     divide_arrays,
     divide_or_one,
@@ -16,6 +17,7 @@ from spherical_optax._core.safe_math import (
     sqrt,
     upcast,
 )
+from spherical_optax._core.trees import as_dtype
 from spherical_optax.analysis._theory.one_step import compute_radial_cosine
 from spherical_optax.analysis._tracking.probe import FittedDenominator, Given, fit_denominators
 from spherical_optax.analysis._tracking.recognise import Recognised, get_leaf_moments
@@ -158,13 +160,13 @@ def _compute_step(
     moments = arrays.first if leaf.has_momentum else arrays.g
     moments = _wait_for(last, _fill_missing(moments, arrays.x))
     a = [
-        upcast(m) / _as_array_like(fit.gain, upcast(m))
+        upcast(m) / as_dtype(fit.gain, upcast(m).dtype)
         for m, fit in zip(moments, fits, strict=True)
     ]
     if not leaf.elementwise:
         return a, part.map_per_group(jnp.ones_like, motion.radius)
     b = [
-        jnp.sqrt(upcast(v)) + _as_array_like(fit.eps, upcast(v))
+        jnp.sqrt(upcast(v)) + as_dtype(fit.eps, upcast(v).dtype)
         for v, fit in zip(_wait_for(last, arrays.second), fits, strict=True)
     ]
     step = [divide_arrays(y, z.astype(y.dtype)) for y, z in zip(a, b, strict=True)]
@@ -220,8 +222,7 @@ def _take_tangent(
 
     The length is summed anew: ||y||^2 minus the radial part has too few digits if y is nearly radial.
     """
-    radial = part.map_per_group(divide_or_zero, xy, xx)
-    tangent = part.map(lambda y, x, c: y - c * x, y, x, radial)
+    tangent = part.map(remove_radial, y, x, xy, xx)
     return tangent, part.map_per_group(jnp.sqrt, part.sum(jnp.square, tangent))
 
 
@@ -240,7 +241,3 @@ def _multiply(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _stop_gradient(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
-
-
-def _as_array_like(value: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(value, like.dtype)
