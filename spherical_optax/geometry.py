@@ -20,7 +20,9 @@ import jax.numpy as jnp
 
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
+from spherical_optax._core.projection import remove_radial
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
+from spherical_optax._core.shapes import Params, PerGroup
 from spherical_optax._core.sphere import Spheres
 
 __all__ = [
@@ -42,7 +44,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def dot(x: Any, y: Any, spheres: Spheres) -> Any:
+def dot(x: Params, y: Params, spheres: Spheres) -> PerGroup:
     """Inner product <x, y> within each group.
 
     Use this when you need squared lengths, cosines or radial parts per group.
@@ -67,7 +69,7 @@ def dot(x: Any, y: Any, spheres: Spheres) -> Any:
     return match(spheres, x).sum(lambda a, b: a * b, x, y)
 
 
-def norm(x: Any, spheres: Spheres) -> Any:
+def norm(x: Params, spheres: Spheres) -> PerGroup:
     """Radius r = ||x|| of each group; its gradient at 0 is 0.
 
     Use this when you want to watch the radii of weights, or the lengths of gradients and steps.
@@ -91,7 +93,7 @@ def norm(x: Any, spheres: Spheres) -> Any:
     return groups.map_per_group(sqrt, dot(x, x, groups))
 
 
-def scale(x: Any, factors: Any, spheres: Spheres) -> Any:
+def scale(x: Params, factors: PerGroup, spheres: Spheres) -> Params:
     """Multiplies each group by its own number.
 
     Use this when you want to change radii or lengths and keep directions.
@@ -115,7 +117,7 @@ def scale(x: Any, factors: Any, spheres: Spheres) -> Any:
     return match(spheres, x).map(lambda a, f: f * a, x, factors)
 
 
-def direction(x: Any, spheres: Spheres) -> Any:
+def direction(x: Params, spheres: Spheres) -> Params:
     """Point on the unit sphere u = x / r; a zero group stays zero.
 
     Use this when you want to compare weights without their radii.
@@ -140,7 +142,7 @@ def direction(x: Any, spheres: Spheres) -> Any:
     return scale(x, groups.map_per_group(lambda r: divide_or_one(1.0, r), norm(x, groups)), groups)
 
 
-def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
+def project(point: Params, vectors: Params, spheres: Spheres) -> Params:
     """Tangential part q_perp = q - <q, u> u of `vectors` at `point`.
 
     Use this when you want the part of a gradient or step that moves the point on its sphere.
@@ -165,10 +167,10 @@ def project(point: Any, vectors: Any, spheres: Spheres) -> Any:
     """
     groups = match(spheres, vectors)
     qx, xx = dot(vectors, point, groups), dot(point, point, groups)
-    return groups.map(lambda q, x, qx, xx: q - divide_or_zero(qx, xx) * x, vectors, point, qx, xx)
+    return groups.map(remove_radial, vectors, point, qx, xx)
 
 
-def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
+def transport(start: Params, end: Params, vectors: Params, spheres: Spheres) -> Params:
     r"""Parallel transport of the tangential part of `vectors` along the great circle.
 
     Use this when you want to compare tangent vectors at two points, such as gradients of two steps.
@@ -218,7 +220,7 @@ def transport(start: Any, end: Any, vectors: Any, spheres: Spheres) -> Any:
     return groups.map(lambda _, m: m, vectors, moved)
 
 
-def exp(point: Any, velocity: Any, spheres: Spheres) -> Any:
+def exp(point: Params, velocity: Params, spheres: Spheres) -> Params:
     """Exponential map Exp_u(v) = cos(||v||) u + sin(||v||) v / ||v||: the end of a geodesic.
 
     Use this when you want to move a point on the unit sphere by an exact angle.
@@ -249,7 +251,7 @@ def exp(point: Any, velocity: Any, spheres: Spheres) -> Any:
     )
 
 
-def log(start: Any, end: Any, spheres: Spheres) -> Any:
+def log(start: Params, end: Params, spheres: Spheres) -> Params:
     """Velocity of the geodesic that reaches the direction of `end` from that of `start` at time 1.
 
     Use this when you want the tangent vector between two points; its length is their angle in radians.
@@ -283,7 +285,7 @@ def log(start: Any, end: Any, spheres: Spheres) -> Any:
     return groups.map(lambda _, v, w: v, start, velocity, end, off=lambda x, _, y: y - x)
 
 
-def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> Any:
+def retract(point: Params, velocity: Params, spheres: Spheres, radius: Any = None) -> Params:
     """Takes a straight step and returns to the sphere: R (x + v) / ||x + v||.
 
     Use this when a straight step, in place of a geodesic, should end at radius R.
@@ -325,7 +327,7 @@ def retract(point: Any, velocity: Any, spheres: Spheres, radius: Any = None) -> 
     return groups.map(lambda x, v, f: f * (x + v), point, velocity, factor, off=_add_step)
 
 
-def angle(start: Any, end: Any, spheres: Spheres) -> Any:
+def angle(start: Params, end: Params, spheres: Spheres) -> PerGroup:
     """Angle between the directions of two points, 2 atan2(||u - w||, ||u + w||), in radians.
 
     Use this when you want to know how far a group has turned. Unlike arccos <u, w>, this form is

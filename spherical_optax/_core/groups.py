@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from spherical_optax._core.safe_math import upcast
+from spherical_optax._core.shapes import Params, PerGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Groups:
     def _unflatten(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def sum(self, f: Callable[..., jax.Array], *trees: Any) -> Any:
+    def sum(self, f: Callable[..., jax.Array], *trees: Any) -> PerGroup:
         """Group-sized sum of f(*leaves) over each group, in at least float32."""
         sums: list[Any] = [
             None if leaf is None else leaf.sum(f(*map(upcast, arrays)))
@@ -201,7 +202,7 @@ class Groups:
         leaves = self._zip_leaves(trees)
         return self._unflatten([(off if leaf is None else f)(*xs) for leaf, *xs in leaves])
 
-    def mean(self, sums: Any) -> Any:
+    def mean(self, sums: PerGroup) -> PerGroup:
         """Divides group-sized sums by the number of coordinates of each group."""
         leaves = self._zip_leaves((sums,))
         return self._unflatten(
@@ -213,11 +214,10 @@ class Groups:
         leaves = self._zip_leaves((on, off))
         return self._unflatten([b if leaf is None else a for leaf, a, b in leaves])
 
-    def as_state(self, scalars: Any, before: Any = None) -> Any:
+    def as_state(self, scalars: PerGroup, before: Any = None) -> Any:
         """A group-sized tree as optimizer state, with a zero in place of every None.
 
-        The zeros keep the structure of the parameters. Given the state `before` they are taken from
-        there, because creating hundreds of constants at every step is measurable.
+        The zeros keep the structure of the parameters. Given the state `before`, they are its zeros.
         """
         if before is None:
             return self.map_per_group(
@@ -225,7 +225,7 @@ class Groups:
             )
         return self.map_per_group(lambda s, _: s, scalars, before, off=lambda _, b: b)
 
-    def zeros_per_group(self, params: Any) -> Any:
+    def zeros_per_group(self, params: Params) -> Any:
         """A zero per group, as optimizer state.
 
         Zeros are summed rather than made: shape, dtype and sharding are then those of later sums.

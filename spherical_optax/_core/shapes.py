@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 Scalar = optax.ScalarOrSchedule
 Transformation = optax.GradientTransformationExtraArgs
 
-Params = Any  # tree of parameter arrays x
-Updates = Any  # tree of gradients or steps, like the parameters; None where there is no update
+Params = Any  # tree of parameter arrays x, or of vectors at x
 PerGroup = Any  # tree like the parameters: `OfGroups` on the spheres, None elsewhere
 
 OfArray = Float[Array, "*array"]  # an array of parameters, of its gradient or its momentum

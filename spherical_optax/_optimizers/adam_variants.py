@@ -22,8 +22,9 @@ import optax
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
+from spherical_optax._transforms.inner_products import to_transformation
 from spherical_optax._transforms.momentum import Ema, ema
-from spherical_optax._transforms.quotient import divide_on_spheres, quotient
+from spherical_optax._transforms.quotient import Quotient, quotient
 from spherical_optax._transforms.second_moment import Rms, rms
 from spherical_optax._transforms.weight_decay import add_decay_off_spheres
 
@@ -171,7 +172,9 @@ def adamst(
         accumulator_dtype=mu_dtype,
     )
     b = Rms(decay=b2, eps=eps, spheres=spheres, weight_decay=weight_decay)
-    return optax.chain(divide_on_spheres(a, b), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+        to_transformation(Quotient(a, b)), optax.scale_by_learning_rate(learning_rate)
+    )
 
 
 def adamsrt(
@@ -225,7 +228,9 @@ def adamsrt(
         accumulator_dtype=mu_dtype,
     )
     b = Rms(decay=b2, eps=eps, spheres=spheres, rescale=True, weight_decay=weight_decay)
-    return optax.chain(divide_on_spheres(a, b), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+        to_transformation(Quotient(a, b)), optax.scale_by_learning_rate(learning_rate)
+    )
 
 
 def adamg(

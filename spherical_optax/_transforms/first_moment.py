@@ -8,23 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.arguments import (
-    require_params,
-)
 from spherical_optax._core.compiler_hints import depend_on
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
+from spherical_optax._core.projection import remove_radial
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
 from spherical_optax._core.shapes import OfArray, OfGroups, SpreadGroups
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import (
-    add_decay,
-    as_dtype,
-    mix,
-    mix_arrays,
-)
-from spherical_optax._transforms.inner_products import (
-    InnerProducts,
-)
+from spherical_optax._core.trees import add_decay, as_dtype, mix, mix_arrays
+from spherical_optax._transforms.inner_products import InnerProducts
 
 
 def first_moment(
@@ -58,7 +50,7 @@ def first_moment(
     """
     m = upcast(m)
     decay, gain = as_dtype(decay, m.dtype), as_dtype(gain, m.dtype)
-    transported = m - divide_or_zero(mx, xx) * x
+    transported = remove_radial(m, x, mx, xx)
     if stretch is not None:
         transported = stretch * transported
     return decay * transported + gain * (g if l2 is None else g + as_dtype(l2, x.dtype) * x)
@@ -91,13 +83,17 @@ class Momentum:
         return groups.zeros_per_group(params) if self.keeps else None
 
     def update(
-        self, g: Any, m: Any, kept: Any, x: Any, l2: Any, products: InnerProducts
+        self,
+        g: Any,
+        m: Any,
+        kept: Any,
+        x: Any,
+        l2: Any,
+        products: InnerProducts,
+        groups: Groups,
     ) -> tuple[Any, Any]:
         """Computes the new momentum, and the new number per group if the state holds one."""
-        groups = match(self.spheres, g).with_tangent_space()
         step_on = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
-        if self.transport or self.rescale or l2 is not None:
-            x = require_params(x)
 
         def step_off(m, g, x, *_):
             return mix_arrays(add_decay(g, x, l2), m, self.decay, self.gain)

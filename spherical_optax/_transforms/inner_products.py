@@ -31,13 +31,15 @@ def compute_inner_products(
     if any("x" in name for name in names):
         x = require_params(x)
     trees = {"g": g, "m": m, "x": x}
-    return InnerProducts(
-        **{name: groups.sum(lambda a, b: a * b, *map(trees.get, name)) for name in sorted(names)}
-    )
+    sums = {}
+    for name in sorted(names):
+        left, right = name
+        sums[name] = groups.sum(lambda a, b: a * b, trees[left], trees[right])
+    return InnerProducts(**sums)
 
 
 class Block(Protocol):
-    """A transformation that takes its inner products as an argument: `Ema` or `Rms`.
+    """A transformation that takes its inner products as an argument: `Ema`, `Trace`, `Rms`, `Quotient`.
 
     Two blocks on the same spheres can thereby share them.
     """
@@ -57,7 +59,7 @@ class Block(Protocol):
     def init(self, params: Any) -> Any: ...
 
     def update(
-        self, updates: Any, state: Any, params: Any, products: InnerProducts
+        self, updates: Any, state: Any, params: Any, products: InnerProducts, groups: Groups
     ) -> tuple[Any, Any]: ...
 
 
@@ -70,6 +72,6 @@ def to_transformation(block: Block) -> optax.GradientTransformationExtraArgs:
         products = compute_inner_products(
             block.inner_products, groups, g=updates, x=params, m=block.get_momentum(state)
         )
-        return block.update(updates, state, params, products)
+        return block.update(updates, state, params, products, groups)
 
     return optax.GradientTransformationExtraArgs(block.init, update)

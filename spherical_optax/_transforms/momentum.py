@@ -13,26 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.arguments import (
-    get_weight_decay,
-    require_constant_decay,
-)
-from spherical_optax._core.matching import match
+from spherical_optax._core.arguments import get_weight_decay, require_constant_decay
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import (
-    add_decay,
-    cast_like,
-    correct_bias,
-    drop_missing,
-    mix,
-)
+from spherical_optax._core.trees import add_decay, cast_like, correct_bias, drop_missing, mix
 from spherical_optax._transforms.first_moment import Momentum
-from spherical_optax._transforms.inner_products import (
-    InnerProducts,
-    compute_inner_products,
-    to_transformation,
-)
+from spherical_optax._transforms.inner_products import InnerProducts, to_transformation
 
 
 class EmaState(NamedTuple):
@@ -169,25 +156,16 @@ def trace(
     Source: equations [6] and [19] of the paper. As in the authors' released code, transport drops the
     radial part of m.
     """
-    momentum = Momentum(
-        require_constant_decay("trace", decay), 1, spheres, transport=transport, rescale=rescale
+    return to_transformation(
+        Trace(
+            decay=decay,
+            spheres=spheres,
+            transport=transport,
+            rescale=rescale,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
+        )
     )
-
-    def init(params):
-        sums = optax.tree.zeros_like(params, dtype=accumulator_dtype)
-        return TraceState(sums, momentum.init(params))
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        groups = match(spheres, updates).with_tangent_space()
-        names = momentum.inner_products
-        products = compute_inner_products(names, groups, g=updates, m=state.trace, x=params)
-        sums, kept = momentum.update(updates, state.trace, state.kept, params, None, products)
-        out = mix(updates, sums, decay, 1) if nesterov else sums
-        out = cast_like(drop_missing(updates, out), params)
-        return out, TraceState(cast_like(sums, state.trace), kept)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,10 +202,12 @@ class Ema:
         return EmaState(jnp.zeros([], jnp.int32), mu, self.momentum.init(params))
 
     def update(
-        self, updates: Any, state: EmaState, params: Any, products: InnerProducts
+        self, updates: Any, state: EmaState, params: Any, products: InnerProducts, groups: Groups
     ) -> tuple[Any, EmaState]:
         l2 = get_weight_decay(self.weight_decay, state.count)
-        mu, kept = self.momentum.update(updates, state.ema, state.kept, params, l2, products)
+        mu, kept = self.momentum.update(
+            updates, state.ema, state.kept, params, l2, products, groups
+        )
         count = optax.safe_increment(state.count)
         out = mu
         if self.nesterov:
@@ -235,3 +215,43 @@ class Ema:
         out = drop_missing(updates, out)
         out = correct_bias(out, self.decay, count) if self.debias else out
         return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The block of `trace`: its `update` takes the inner products as an argument."""
+
+    decay: jax.typing.ArrayLike
+    spheres: Spheres = None
+    transport: bool = False
+    rescale: bool = False
+    nesterov: bool = False
+    accumulator_dtype: Any | None = None
+
+    def __post_init__(self):
+        require_constant_decay("trace", self.decay)
+
+    @property
+    def momentum(self) -> Momentum:
+        return Momentum(self.decay, 1, self.spheres, transport=self.transport, rescale=self.rescale)
+
+    @property
+    def inner_products(self) -> Set[str]:
+        return self.momentum.inner_products
+
+    def get_momentum(self, state: TraceState) -> Any:
+        return state.trace
+
+    def init(self, params: Any) -> TraceState:
+        sums = optax.tree.zeros_like(params, dtype=self.accumulator_dtype)
+        return TraceState(sums, self.momentum.init(params))
+
+    def update(
+        self, updates: Any, state: TraceState, params: Any, products: InnerProducts, groups: Groups
+    ) -> tuple[Any, TraceState]:
+        sums, kept = self.momentum.update(
+            updates, state.trace, state.kept, params, None, products, groups
+        )
+        out = mix(updates, sums, self.decay, 1) if self.nesterov else sums
+        out = cast_like(drop_missing(updates, out), params)
+        return out, TraceState(cast_like(sums, state.trace), kept)

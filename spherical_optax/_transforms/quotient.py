@@ -1,15 +1,18 @@
 """The quotient a / b of the paper's generic scheme, equation [3]: x <- x - eta a / b."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Set
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from spherical_optax._core.arguments import require_transformation
-from spherical_optax._core.matching import match
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_arrays
-from spherical_optax._transforms.inner_products import compute_inner_products
+from spherical_optax._core.sphere import Spheres
+from spherical_optax._transforms.inner_products import InnerProducts
 from spherical_optax._transforms.momentum import Ema
 from spherical_optax._transforms.second_moment import Rms
 
@@ -62,25 +65,34 @@ def quotient(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def divide_on_spheres(a: Ema, b: Rms) -> optax.GradientTransformationExtraArgs:
-    """Divides two blocks on the same spheres, like `quotient`, and computes every inner product once.
+@dataclasses.dataclass(frozen=True)
+class Quotient:
+    """The block of `quotient(so.ema(...), so.rms(...))` on the same spheres: every sum is there once.
 
-    `quotient(so.ema(...), so.rms(...))` would trace the common ones twice. XLA merges the duplicates,
-    but then alternates between the sums over different arrays: a step took 1.00 to 1.21 times as long
-    (quartiles; ResNet-18, JAX 0.10, CPU).
+    On ResNet-18, `adamsrt` traces 60 sums; with the public `quotient` it would trace 80. XLA merges
+    the duplicates: both compile to 288 fusions (JAX 0.10, CPU).
     """
 
-    def init(params):
-        return QuotientState(a.init(params), b.init(params))
+    a: Ema
+    b: Rms
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        groups = match(a.spheres, updates).with_tangent_space()
-        products = compute_inner_products(
-            a.inner_products | b.inner_products, groups, g=updates, x=params, m=state.a.ema
-        )
-        top, a_state = a.update(updates, state.a, params, products)
-        bottom, b_state = b.update(updates, state.b, params, products)
+    @property
+    def spheres(self) -> Spheres:
+        return self.a.spheres
+
+    @property
+    def inner_products(self) -> Set[str]:
+        return self.a.inner_products | self.b.inner_products
+
+    def get_momentum(self, state: Any) -> Any:
+        return self.a.get_momentum(state.a)
+
+    def init(self, params: Any) -> QuotientState:
+        return QuotientState(self.a.init(params), self.b.init(params))
+
+    def update(
+        self, updates: Any, state: Any, params: Any, products: InnerProducts, groups: Groups
+    ) -> tuple[Any, QuotientState]:
+        top, a_state = self.a.update(updates, state.a, params, products, groups)
+        bottom, b_state = self.b.update(updates, state.b, params, products, groups)
         return jax.tree.map(divide_arrays, top, bottom), QuotientState(a_state, b_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)

@@ -160,9 +160,8 @@ class Rms:
         return RmsState(jnp.zeros([], jnp.int32), nu)
 
     def update(
-        self, updates: Any, state: RmsState, params: Any, products: InnerProducts
+        self, updates: Any, state: RmsState, params: Any, products: InnerProducts, groups: Groups
     ) -> tuple[Any, RmsState]:
-        groups = match(self.spheres, updates).with_tangent_space()
         l2 = get_weight_decay(self.weight_decay, state.count)
         count = optax.safe_increment(state.count)
         squares = self.compute_squares(updates, params, l2, products, groups)
