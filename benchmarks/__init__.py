@@ -1,1 +1,1 @@
-"""The paper's experiments: its models, data, protocol and optimizers, and the demo."""
+"""The paper's experiments: commands, and the packages that these share."""

@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks have in common."""
+"""Options and error messages that the command lines of the benchmarks share."""
 
 import argparse
 import math
@@ -12,11 +12,11 @@ DTYPES = ("float32", "bfloat16")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
+        """Prints one line, without the usage."""
         self.exit(2, f"error: {message}\n")
 
     def require_writable(self, out: Path, folder: Path) -> None:
-        """Fails now rather than after hours of training."""
+        """Ends the command now if the folder cannot be written, not after hours of training."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -36,7 +36,7 @@ def at_least(
             raise argparse.ArgumentTypeError(f"must be below {below}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it when `kind` rejects the text
+    parse.__name__ = kind.__name__  # argparse prints this name when `kind` rejects the text
     return parse
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.discovery [--out FILE.json]
 
-What is on spheres in each network was read from its source: the arrays whose path matches a pattern,
-and no others. Packages that are not installed are skipped (`pip install dm-haiku equimo flaxmodels`).
+For each network, a pattern matches the paths of the arrays that are on spheres by its source code.
+Networks of packages that are not installed are skipped (`pip install dm-haiku equimo flaxmodels`).
 """
 
 import functools
@@ -29,9 +29,9 @@ KEY = jax.random.key(0)
 class Network(NamedTuple):
     package: str
     make: Callable[[Any], tuple[Callable[[Any], Any], Any]]  # package -> function, parameters
-    spheres: str  # a regular expression for the paths
-    kind: so.Sphere | None  # of each of them; its tie is the module
-    tied: bool = False
+    spheres: str  # a regular expression for the paths of arrays on spheres
+    kind: so.Sphere | None  # the sphere of each of these arrays, without its tie
+    tied: bool = False  # whether arrays of one module are tied
 
 
 def make_images(size: int, channels_first: bool = False) -> jax.Array:
@@ -101,7 +101,7 @@ VIT = {
 CONVNEXT = {"in_channels": 3, "dims": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
 NETWORKS = {
     "haiku ResNet18": Network("haiku", _make_haiku("ResNet18"), r"conv.*/w$", FILTER),
-    # Pre-activation: the last convolution of a block goes to the shortcut, not to a BatchNorm.
+    # Pre-activation: a shortcut, and no BatchNorm, follows the last convolution of a block.
     "haiku ResNet50 v2": Network(
         "haiku",
         _make_haiku("ResNet50", resnet_v2=True),
@@ -112,7 +112,7 @@ NETWORKS = {
     "haiku MLP": Network("haiku", _make_haiku_mlp, "(?!)", None),
     "flaxmodels ResNet18": Network("flaxmodels", _make_flaxmodels, r"Conv_\d+/kernel$", FILTER),
     "equimo ViT": Network("equimo", _make_equimo("VisionTransformer", 32, **VIT), "(?!)", None),
-    # LayerNorm follows the stem and the depthwise convolutions, over channels: kernel and bias tied.
+    # LayerNorm over channels follows the stem and the depthwise convolutions: it ties kernel and bias.
     "equimo ConvNeXt": Network(
         "equimo",
         _make_equimo("ConvNeXt", 64, **CONVNEXT),

@@ -6,12 +6,13 @@
     deviation = ||x - ref|| / max(||ref||, s sqrt(n)), the largest over all arrays, of n entries
     passes where deviation <= max(4 x the CPU's, a floor)
 
-Of an optimizer x is the displacement in 20 steps along random gradients, and not where it ends, of which
-an error in the steps may be a small part. s is 1 for cosines and for what is zero but for rounding, and
-else 0. The reference is recorded once, on a CPU: in float64, or in float32 for the losses of training
-and the verdicts on spheres. Products are at the highest precision, but for the rows that say "default":
-on a GPU those are in TF32, and judged by its floor. measuring/precision_cases.py says where the floors
-come from. The exit status is 1 if a row fails; what raises an error fails alone.
+For an optimizer, x is the displacement by 20 steps along random gradients. The last parameters would
+hide errors, because the displacement may be a small part of them. s is 1 for cosines and for numbers
+that are zero but for rounding; for others it is 0. The reference is recorded once, on a CPU: in
+float64, or in float32 for the losses of training and the verdicts on spheres. Matrix products have the
+highest precision. Rows that say "default" are the exception: a GPU computes their products in TF32,
+and they are judged by the floor for TF32. measuring/precision_cases.py explains the floors. The exit
+status is 1 if a row fails; an error in one case leaves the other cases alone.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ HEADER = ("what", "float32 CPU", "float32 here", "bfloat16 CPU", "bfloat16 here"
 
 
 def run(case: Case, dtype: str) -> Values:
-    """As users have it: with JAX's promotions, and float64 only where that is the dtype."""
+    """Computes a case with JAX's usual promotions, and with float64 only if that is the dtype."""
     precision = (
         contextlib.nullcontext()
         if case.products is None
@@ -70,12 +71,15 @@ def run(case: Case, dtype: str) -> Values:
 
 
 def run_all(jobs: Mapping[tuple[str, str], Case]) -> dict[tuple[str, str], Values | str]:
-    """Side by side: nearly all of it is compiling. The last, training, takes longest and goes first."""
+    """Runs cases in threads, because they compile most of the time.
+
+    Starts with the last case, training, which takes longest.
+    """
 
     def attempt(dtype: str, case: Case) -> Values | str:
         try:
             return run(case, dtype)
-        except Exception as error:  # whatever it is, the other rows go on
+        except Exception as error:  # any error: the other rows go on
             return describe_error(error)
 
     with ThreadPoolExecutor(report.describe_environment()["cores"]) as pool:
@@ -92,7 +96,7 @@ def list_dtypes(case: Case) -> list[str]:
 def measure(
     chosen: Mapping[str, Case], reference: Values, cpu: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Of this device; `cpu` is what this made of a CPU, and None of the one that is that."""
+    """Measures this device. `cpu` is the recorded content, and None on the CPU that is recorded."""
     start = time.perf_counter()
     jobs = {(name, dtype): case for name, case in chosen.items() for dtype in list_dtypes(case)}
     found = run_all(jobs)
@@ -107,7 +111,7 @@ def measure(
 
 
 def record() -> dict[str, Any]:
-    """Writes both files, if nothing fails."""
+    """Writes the reference and the CPU's deviations, unless a case fails."""
     chosen = list_cases()
     jobs = {
         (name, case.reference): case
@@ -143,7 +147,7 @@ def load_reference() -> dict[str, dict[str, np.ndarray]]:
 
 
 def load() -> tuple[Values, dict[str, Any]]:
-    """The reference and what a CPU makes of it; ValueError if there is none that can be read."""
+    """The reference and a CPU's deviations from it; raises ValueError if they cannot be read."""
     try:
         content = json.loads(CPU.read_text("utf-8"))
         read_deviations(content)
@@ -156,7 +160,7 @@ def load() -> tuple[Values, dict[str, Any]]:
 
 
 def format_rows(content: Mapping[str, Any], cpu: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The numbers as texts, a dash for what there is not; `cpu` is the recorded content."""
+    """The deviations as texts, with a dash where there is none; `cpu` is the recorded content."""
     beside = {row["what"]: row for row in cpu["rows"]}
     return [
         (

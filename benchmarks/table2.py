@@ -2,8 +2,8 @@
 
     python -m benchmarks.table2 --columns cifar10/resnet20 --seeds 5 --epochs 30 --data-dir DIR --out OUT
 
-Trains what is missing in OUT, skips what is there, goes on from the last checkpoint of what was
-interrupted, and prints the table. Several processes or machines may share OUT.
+Trains the runs that OUT does not hold, goes on from the last checkpoint of interrupted runs, and prints
+the table. Several processes or machines may share OUT.
 """
 
 import argparse

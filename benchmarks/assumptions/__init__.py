@@ -1,0 +1,1 @@
+"""The paper's hypotheses, measured in a training: see `__main__`."""

@@ -3,8 +3,8 @@
     python -m benchmarks.assumptions --data-dir DIR [--steps 300] [--model resnet20] [--limit N] \\
         [--out FOLDER]
 
-Theorem 2 asks that 1 - A <c, u> is positive and that steps on the sphere are shorter than pi (appendix
-C.1.2); Theorem 4 neglects a term of the radius' fourth power (C.1.5).
+Theorem 2 requires that 1 - A <c, u> is positive and that steps on the sphere are shorter than pi
+(appendix C.1.2). Theorem 4 neglects a term of the radius' fourth power (C.1.5).
 """
 
 import sys
@@ -46,7 +46,7 @@ def make_parser() -> Parser:
 
 
 class Findings(NamedTuple):
-    """Everything that a page, a file or a figure says of recorded steps."""
+    """The figures and sentences about the recorded steps, for terminal, file and picture."""
 
     title: str
     filters: int

@@ -1,4 +1,4 @@
-"""The paper's hypotheses as quantities of recorded steps, and what these amount to."""
+"""The paper's hypotheses as conditions on quantities of the recorded steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 
 from benchmarks.assumptions.recording import Optimizer, Step
 
-FIRST_STEPS = 10  # the worst is also told without them
-# "Order of magnitude" of what Theorem 4 neglects (section 3.2). The text does not say relative to what;
-# here it is taken as a bound of the term as a part of r'^4.
+FIRST_STEPS = 10  # the worst value is also reported without these steps
+# The paper's "order of magnitude" of the term that Theorem 4 neglects (section 3.2). The text does not
+# say what the term is relative to; here the figure bounds its share of r'^4.
 PUBLISHED = 1e-4
 OPTIMIZERS = ("SGD", "SGD-M", "Adam")
 Array = np.ndarray
@@ -26,7 +26,7 @@ Array = np.ndarray
 def predict_by_theorem_4(
     fourth_power: Any, gradient: Any, learning_rate: float, weight_decay: float
 ) -> Any:
-    """r'^4 from r^4, as Theorem 4 has it."""
+    """r'^4 from r^4, by Theorem 4."""
     root = (1 - learning_rate * weight_decay) ** 2  # beta^{1/2}
     return root**2 * fourth_power + 2 * root * (learning_rate * gradient) ** 2
 
@@ -36,20 +36,20 @@ def compute_neglected(radius: Any, gradient: Any, learning_rate: float) -> Any:
 
 
 def predict_radius(step: Step, learning_rate: float, weight_decay: float) -> Array:
-    """After all steps, from the first radius and the gradients alone: what was neglected adds up."""
+    """The radius after all steps, from the first radius and the gradients: neglected terms add up."""
     fourth_power = step.radius[0] ** 4
     for gradient in step.gradient:
         fourth_power = predict_by_theorem_4(fourth_power, gradient, learning_rate, weight_decay)
     return fourth_power**0.25
 
 
-# --- what it amounts to -----------------------------------------------------------------------
+# --- the quantities ---------------------------------------------------------------------------
 
 
 class Quantity(NamedTuple):
     label: str
     meaning: str
-    values: Callable[[Step, float], Array]  # of the learning rate, too
+    values: Callable[[Step, float], Array]  # takes the step and the learning rate
     holds: Callable[[Array], Array]
     condition: str
     worst: Callable[[Array], Any]
@@ -109,7 +109,7 @@ QUANTILES = {
 
 
 def summarize(quantity: Quantity, values: Array) -> dict[str, Any]:
-    """Over all filters and steps of `values`, (steps, filters)."""
+    """Statistics of `values`, (steps, filters), over all filters and steps."""
     later = values[FIRST_STEPS:]
     return {
         **{name: float(np.quantile(values, q)) for name, q in QUANTILES.items()},
@@ -123,7 +123,7 @@ def summarize(quantity: Quantity, values: Array) -> dict[str, Any]:
 def compute_values(
     steps: Mapping[str, Step], rates: Mapping[str, float]
 ) -> dict[str, dict[str, Array]]:
-    """By quantity, then by optimizer."""
+    """The values of each quantity, by optimizer."""
     return {
         key: {name: quantity.values(steps[name], rates[name]) for name in quantity.only}
         for key, quantity in QUANTITIES.items()
@@ -140,14 +140,14 @@ def summarize_all(
 
 
 def measure_drift(step: Step, optimizer: Optimizer) -> dict[str, float]:
-    """How far the radius of Theorem 4 is from the measured one after all steps."""
+    """The relative error of Theorem 4's radius after all steps."""
     predicted = predict_radius(step, optimizer.learning_rate, optimizer.weight_decay)
     off = np.abs(predicted / step.next_radius[-1] - 1)
     return {"median": float(np.median(off)), "max": float(off.max())}
 
 
 def write_verdict(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """A sentence per hypothesis that says whether it held."""
+    """A sentence per hypothesis, which says whether the hypothesis held."""
     factor, angle = rows["factor"], rows["angle"]
     smallest = min(row["min"] for row in factor.values())
     largest = max(row["max"] for row in angle.values())

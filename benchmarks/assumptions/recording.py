@@ -1,4 +1,4 @@
-"""What every step of a training does to every filter, while the training loop stays as it is."""
+"""Records the effect of every training step on every filter."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SEED = 0
 
 
 class Step(NamedTuple):
-    """One step on every filter: vectors, a number per filter."""
+    """The figures of one step: vectors with one number per filter."""
 
     factor: Any  # 1 - A <c, u>
     angle: Any  # moved on the sphere, radians
@@ -37,13 +37,13 @@ class WatchState(NamedTuple):
 
 def measure(params: Any, grads: Any, updates: Any, spheres: Any) -> Step:
     measured = so.analysis.measure_step(params, updates, spheres)
-    # The update is q = -eta a / b and A c = eta (a / b) / r: hence A <c, u> = -<q, x> / r^2.
+    # The update is q = -eta a / b, and A c = eta (a / b) / r. Therefore A <c, u> = -<q, x> / r^2.
     factor = jax.tree.map(
         lambda qx, r: 1 + qx / (r * r),
         so.geometry.dot(updates, params, spheres),
         measured.radius,
     )
-    # grad L(u) = r grad L(x). Of the latter the tangential part: BatchNorm's epsilon leaves some more.
+    # grad L(u) = r grad L(x). BatchNorm's epsilon adds a radial part to grad L(x), which is removed.
     tangent = so.geometry.norm(so.geometry.project(params, grads, spheres), spheres)
     gradient = jax.tree.map(jnp.multiply, measured.radius, tangent)
     found = (factor, measured.angle, gradient, measured.radius, measured.next_radius)
@@ -51,11 +51,11 @@ def measure(params: Any, grads: Any, updates: Any, spheres: Any) -> Step:
 
 
 def watch(tx: optax.GradientTransformation, spheres: Any) -> optax.GradientTransformation:
-    """`tx` itself, with the last step's `Step` in its state: the training loop needs no change."""
+    """`tx` with the figures of the last step in its state, for an unchanged training loop."""
 
     def init(params):
         filters = _concatenate_filters(so.geometry.norm(params, spheres))
-        # Arrays of their own, because one that came twice could not be donated.
+        # Separate arrays: JAX cannot donate one buffer that is twice in a state.
         return WatchState(tx.init(params), Step(*(jnp.zeros_like(filters) for _ in Step._fields)))
 
     def update(updates, state, params=None):
@@ -74,7 +74,7 @@ class Recorder(Trainer):
     """A training loop that keeps the `Step` of every step."""
 
     def record(self, steps: int, advance: Callable[[float], None]) -> Step:
-        """Arrays (steps, filters) of the first `steps` steps."""
+        """The figures of the first `steps` steps, as arrays (steps, filters)."""
         state = self.init(SEED)
         found = []
         for count in range(steps):
@@ -84,7 +84,7 @@ class Recorder(Trainer):
             state, loss = self._train(state, *self.train, plan, np.int32(step))
             if not math.isfinite(loss):
                 raise Diverged(f"diverged in step {count + 1} (the loss is not finite)")
-            # Copies: the next step overwrites what is on the device.
+            # A copy, because the next step overwrites the arrays on the device.
             found.append(jax.tree.map(lambda x: np.array(x, np.float64), state.opt_state.step))
             advance(float(loss))
         return Step(*(np.stack(column) for column in zip(*found, strict=True)))
@@ -97,7 +97,7 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizers(dataset: str, model: str, spheres: Any) -> dict[str, Optimizer]:
-    """With the paper's values. It lists none for SGD without momentum, which gets those of SGD-M."""
+    """The optimizers with the paper's values; SGD without momentum gets those of SGD-M."""
     sgd, adam = (recipes.get_hyperparameters(dataset, model, name) for name in ("sgd", "adam"))
 
     def descent(momentum: float | None) -> Optimizer:
@@ -128,7 +128,7 @@ def record(
     with show_progress(len(compared) * steps) as advance:
         for name, optimizer in compared.items():
             tx = watch(optimizer.tx, spheres)
-            # Step by step on every device, to see each of them.
+            # Without a scan, on any device, because every step is recorded.
             recorder = Recorder(model, data, tx, recipes.BATCH_SIZE, scan=False)
 
             def show(loss: float, name: str = name) -> None:

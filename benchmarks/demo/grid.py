@@ -1,7 +1,7 @@
 """The demo's learning rates: one grid for all methods, judged on the validation images.
 
-The outcome is committed, with every cell, so that the demo itself tunes nothing. The seeds are not
-the demo's: its table is no maximum over the runs that chose the rates.
+The outcome is committed, with every cell, so that the demo itself tunes nothing. The grid and the demo
+have different seeds: the demo's table is no maximum over the runs that chose the rates.
 """
 
 import json
@@ -22,7 +22,7 @@ PATH = Path(__file__).parents[1] / "results" / "demo_grid.json"
 
 
 def search() -> dict[str, float]:
-    """Runs every cell, writes them all to `PATH` and returns the rate chosen for each method."""
+    """Runs every cell, writes all cells to `PATH` and returns the rate chosen for each method."""
     data = load("digits")
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes.PAPER_METHODS}
     with show_progress(len(recipes.PAPER_METHODS) * len(RATES)) as advance:
@@ -56,7 +56,7 @@ def choose_rate(cells: list[dict[str, Any]]) -> float:
 
 
 def read_chosen_rates() -> dict[str, float]:
-    """The committed outcome, which must have been found under the recipe that is trained now."""
+    """The committed rates; ends the program if they were chosen under another recipe."""
     grid = json.loads(PATH.read_text(encoding="utf-8"))
     if grid["recipe"] != RECIPE.describe():
         raise SystemExit(f"{PATH.name} belongs to another recipe: run {grid['command']}")

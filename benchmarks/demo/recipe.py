@@ -13,7 +13,7 @@ from benchmarks.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that all methods share; the learning rate alone is each method's own."""
+    """The values that all methods share; only the learning rate differs between methods."""
 
     epochs: int = 60
     batch_size: int = 50

@@ -5,9 +5,10 @@
     python3 -m benchmarks.gpu second SECONDS            # there: trains until the time is up
     python -m benchmarks.gpu collect FOLDER             # here: takes in what came back
 
-The machine there has a copy of the files, no history, nothing installed and no network. 64 MiB can
-travel with a call: half of CIFAR-10 goes with each. Whatever should come back is written to the folder
-that $OUT names. The next two calls may be days later, on another machine: they go on where these end.
+The GPU's machine has a copy of the files without history, no installation of this package and no
+network. 64 MiB can travel with a call; half of CIFAR-10 goes with each. The calls write their results
+to the folder that $OUT names. The next two calls may be days later, on another machine: they go on
+where these end.
 """
 
 import os
@@ -24,12 +25,12 @@ from benchmarks.cli import Parser, at_least
 from benchmarks.gpu import calls, luggage, parcels, settings, stages
 
 LIMIT = 62 * luggage.MIB  # 64 MiB may travel
-KEEP = Path.home() / "spherical_optax_gpu"  # there, for as long as the machine stays
+KEEP = Path.home() / "spherical_optax_gpu"  # on the GPU's machine, as long as that stays
 CARRY = {"first": ("commit", "a", "cache.tar"), "second": ("commit", "b")}
 
 
 class UsageError(Exception):
-    """What the person at the keyboard has to change; the message is one line."""
+    """The command cannot be carried out as it was given; the message is one line."""
 
 
 def prepare(data_dir: Path, folder: Path) -> None:
@@ -76,7 +77,7 @@ def collect(folder: Path, results: Path, carried: Path) -> None:
 def run_call(args: Any) -> int:
     if not (out := os.environ.get("OUT")):
         raise UsageError("the variable OUT does not name the folder for what should come back")
-    for ended in (signal.SIGTERM, signal.SIGHUP):  # also then it brings back what it has
+    for ended in (signal.SIGTERM, signal.SIGHUP):  # even then the call brings back its results
         signal.signal(ended, lambda *_: sys.exit("ended from outside"))
     setting = settings.SMALL if args.small else settings.Setting()
     call = stages.Call(setting, args.seconds, args.keep, Path(out))

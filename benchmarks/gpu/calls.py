@@ -14,13 +14,13 @@ from benchmarks.gpu import luggage, parcels, stages
 from benchmarks.gpu.stages import Call, CallError, Command, read_commit
 
 RESULTS = stages.ROOT / "benchmarks" / "results" / "gpu"
-STARTING = 20  # seconds that a command may take before it begins to train
-FASTER = 1.03  # by which something has to be to be chosen: repetitions differ by less
-TOGETHER = 1.15  # by which two processes have to be faster than one
-PAIR_EPOCHS = 15  # of which only those count that the other process trains through, too
-METHOD = "adamsrt"  # whose speed decides
+STARTING = 20  # seconds until a command begins to train, at most
+FASTER = 1.03  # flags are chosen if they are faster by this factor; repetitions differ by less
+TOGETHER = 1.15  # two processes are chosen if they are faster than one by this factor
+PAIR_EPOCHS = 15  # an epoch counts only if the other process trains during all of it
+METHOD = "adamsrt"  # its speed decides the choice
 
-# What each kind of stage may take, in seconds.
+# The limits of the stages, in seconds.
 CHECK, FIRST_COMPILE, COMPILE, NUMBERS, STEP_TIMES, ALONE, UNPACK = 60, 100, 110, 60, 60, 45, 60
 
 
@@ -33,7 +33,7 @@ def first(call: Call) -> None:
     (keep / "cache" / luggage.MADE_BY).write_text(json.dumps(device), "utf-8")
     results = _prepare_results(call, device)
     chosen = _read_choice(results)
-    # The flags belong to a compiled program: training may take any of these.
+    # A program is compiled for its flags, and training may use any of the flags.
     flags = setting.flags if chosen is None else [chosen["flags"]]
     programs = [_make_compile(call, method, one) for one in flags for method in setting.methods]
     if chosen is None:
@@ -42,14 +42,14 @@ def first(call: Call) -> None:
     go = keep / "go"
     go.unlink(missing_ok=True)
     steps = [_make_speed(call, model, go, results) for model in setting.models]
-    # One method alone, because XLA chooses between convolutions by timing them, and the others take over
-    # its choice from the cache. The numbers need little of the GPU.
+    # One method compiles alone, because XLA chooses between convolutions by timing them. The other
+    # methods take its choice from the cache. The numbers need little of the GPU.
     call.begin(numbers)
     call.run_stage(FIRST_COMPILE, programs[0])
     call.begin(*steps)
     call.run_stage(COMPILE, *programs[1:])
     call.finish(NUMBERS, numbers)
-    go.touch()  # nothing else runs any more: the steps are timed, one process after the other
+    go.touch()  # now nothing else runs, and the processes time their steps one after the other
     call.finish(STEP_TIMES, *steps)
     if chosen is None:
         choose(call, device, results)
@@ -67,7 +67,7 @@ def second(call: Call) -> None:
     results = _prepare_results(call, device)
     call.run_stage(UNPACK, Command("unpack", "benchmarks.gpu", ["unpack", "--keep", keep]))
     chosen = _read_choice(results)
-    if chosen is None:  # one table has one way to train
+    if chosen is None:  # later calls must train in the same way, because one table has one way
         chosen = {"flags": call.setting.flags[0], "processes": 1, "why": "nothing was measured"}
         _write_json(results / "choice.json", chosen)
     seconds = int(call.count_seconds_left())
@@ -83,7 +83,7 @@ def second(call: Call) -> None:
 
 
 def check(call: Call) -> dict[str, Any]:
-    """The device; raises CallError if there is no GPU, or something is not installed."""
+    """Describes the device; raises CallError without a GPU, or if a package is not installed."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.check"],
         cwd=stages.ROOT,
@@ -105,10 +105,10 @@ def check(call: Call) -> dict[str, Any]:
 
 
 def choose(call: Call, device: Mapping[str, Any], results: Path) -> None:
-    """The flags of XLA, and how many processes at once: by images per second, once for all tables.
+    """Chooses XLA's flags and the number of processes by images per second, once for all tables.
 
-    The choice is committed with the results, and later calls keep to it. What does not run is not
-    chosen; nothing is if the time was too short, or if plain training could not be measured.
+    The choice is committed with the results, and later calls keep to it. Flags with which training fails
+    are not chosen. There is no choice if the time was too short or plain training could not be measured.
     """
     plain, *others = call.setting.flags
     speeds = {flags: _time_alone(call, _make_measure(call, flags)) for flags in (plain, *others)}
@@ -140,7 +140,7 @@ def choose(call: Call, device: Mapping[str, Any], results: Path) -> None:
 
 
 def count_together(found: Sequence[Mapping[str, Any] | None]) -> float:
-    """Images per second of processes side by side: of the epochs that all others train through, too."""
+    """Images per second of processes side by side, in epochs during which all processes train."""
     if not all(row and row["epochs"] for row in found):
         return 0.0
     rows = [row for row in found if row]
@@ -156,8 +156,10 @@ def count_together(found: Sequence[Mapping[str, Any] | None]) -> float:
 
 
 def _time_alone(call: Call, command: Command) -> float:
-    """Images per second of training alone; 0 where it could not be measured."""
-    _locate_warm_file(call, command.name).unlink(missing_ok=True)  # of an earlier attempt
+    """Images per second of training alone; 0 if they could not be measured."""
+    _locate_warm_file(call, command.name).unlink(
+        missing_ok=True
+    )  # may be left from an earlier attempt
     call.run_stage(ALONE, command)
     found = _read_times(call, command)
     return found["images_per_second"] if found else 0.0
@@ -176,7 +178,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _prepare_results(call: Call, device: Mapping[str, Any]) -> Path:
-    """The folder of this kind of device, with what earlier calls have found and this one has not."""
+    """The folder of this kind of device, to which results of earlier calls are added."""
 
     def copy(source: str, target: str) -> str:
         return target if Path(target).exists() else shutil.copy2(source, target)
@@ -196,7 +198,7 @@ def _read_choice(results: Path) -> dict[str, Any] | None:
 
 
 def _make_compile(call: Call, method: str, flags: str = "", dtype: str = "") -> Command:
-    """All that a run of the method needs, into the cache."""
+    """A command that compiles all programs of the method into the cache."""
     name = _join_name("compile", method, dtype, "flags" if flags else "")
     words = ["--methods", method, "--warm", _locate_warm_file(call, name), "--warm-epochs", 0]
     return _make_table2(call, name, words, flags, dtype)
@@ -205,7 +207,7 @@ def _make_compile(call: Call, method: str, flags: str = "", dtype: str = "") -> 
 def _make_measure(
     call: Call, flags: str = "", dtype: str = "", place: str = "", epochs: int | None = None
 ) -> Command:
-    """Images per second."""
+    """A command that measures images per second."""
     name = _join_name("measure", METHOD, dtype, "flags" if flags else "", place)
     words = ["--methods", METHOD, "--warm", _locate_warm_file(call, name)]
     words += [] if epochs is None else ["--warm-epochs", epochs]
@@ -229,13 +231,13 @@ def _make_table2(
     options += ["--grid", "--rates", *setting.rates, "--decays", *setting.decays]
     options += ["--seeds", setting.seeds, "--devices", 1, *setting.more]
     options += ["--data-dir", call.keep / "npz", "--out", call.results / "table2"]
-    # A run lasts seconds, and is sooner repeated than saved.
+    # A run lasts seconds: to repeat it takes less time than checkpoints.
     options += ["--save-every", 1e9]
     return Command(name, "benchmarks.table2", [*options, *words], flags)
 
 
 def _make_speed(call: Call, model: str, go: Path, out: Path) -> Command:
-    """Compiles at once, and measures when told."""
+    """A command that compiles at once, and measures when the file `go` exists."""
     setting = call.setting
     words = ["--model", model, "--only", *setting.contenders, "--torch"]
     words += ["--rounds", setting.rounds, "--wait-for", go, "--out", out]
@@ -243,7 +245,7 @@ def _make_speed(call: Call, model: str, go: Path, out: Path) -> Command:
 
 
 def _take_half(call: Call, half: str) -> None:
-    """To where it stays as long as the machine does."""
+    """Copies a half of the data into the folder that stays between the calls."""
     if half in parcels.list_missing(stages.CARRIED):
         call.failed.append(f"half {half} of the data was not carried")
         call.say(

@@ -1,4 +1,4 @@
-"""What this machine has, as one line of JSON; fails with one line where something is missing."""
+"""Describes this machine in one line of JSON; fails with one line if a package is missing."""
 
 import importlib
 import json

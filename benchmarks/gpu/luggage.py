@@ -1,8 +1,8 @@
-"""What a call brings back: few files, none of them large, and only what the next one can use.
+"""The files that a call brings back: few, none of them large, and all of use later.
 
 results.tar.gz    tables, times, figures of precision; unpacked by `collect` into benchmarks/results/gpu
 cache.tar         compiled programs, as many as can travel with the next `first`
-log.txt           the end of what every command printed
+log.txt           the end of every command's output
 """
 
 import errno
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-LARGEST = 15 * MIB  # of a file that comes back: 16 at most
-CACHE = 6 * MIB  # beside the checkout, 7, and half of the data, 49, of the 64 that may travel
-LOG = 64 * 1024  # bytes, of each command
-MADE_BY = "made_by.json"  # in the cache: the JAX and the device that it is good for
+LARGEST = 15 * MIB  # a file that comes back may have 16 MiB
+CACHE = 6 * MIB  # 64 MiB may travel, of which the checkout takes 7 and half of the data 49
+LOG = 64 * 1024  # bytes of each command's output
+MADE_BY = "made_by.json"  # in the cache: the device and the version of JAX that can use it
 
 
 class FullError(Exception):
-    """No room for what should come back; the message is one line."""
+    """There is no room for all files that should come back; the message is one line."""
 
 
 def bring_back(keep: Path, out: Path, say: Callable[[str], None]) -> None:
-    """The most valuable first; what there is no room for is named and stays in `keep`."""
+    """Packs the most valuable files first; a FullError names files without room, left in `keep`."""
     lost = []
     pieces: dict[str, Callable[[Path], None]] = {
         "results.tar.gz": lambda path: _pack(
@@ -60,7 +60,7 @@ def unpack(archive: Path, folder: Path) -> list[str]:
 
 
 def take_cache(carried: Path, cache: Path, made_by: Mapping[str, Any]) -> str:
-    """Unpacks what an earlier call brought back; says what came of it, in one line."""
+    """Unpacks the cache that an earlier call brought back; returns one line about the outcome."""
     if not carried.exists():
         return "no compiled programs were carried"
     fresh = cache.with_name(f"{cache.name}.carried")
@@ -87,14 +87,14 @@ def _list_files(folder: Path) -> list[Path]:
         if path.is_file()
         and not skipped & set(path.relative_to(folder).parts)
         and path.suffix not in (".tmp", ".lock")
-        and path.name != ".lockfile"  # JAX's
+        and path.name != ".lockfile"  # a lock of JAX
     )
 
 
 def _choose_cache(cache: Path) -> list[Path]:
-    """What was used last, which after the second call is what training needs.
+    """The programs that were used last: after the second call, those that training needs.
 
-    JAX notes the time of use of NAME-cache in NAME-atime, because a largest size is set.
+    JAX notes the time of use of NAME-cache in NAME-atime if the cache has a largest size.
     """
 
     def used(path: Path) -> float:
@@ -113,7 +113,7 @@ def _choose_cache(cache: Path) -> list[Path]:
 
 
 def drop_unfinished(cache: Path, seconds: float) -> None:
-    """Entries that were being written when a process was killed: JAX would never replace them."""
+    """Deletes entries that a killed process may have left half written: JAX would never replace them."""
     for path in cache.rglob("*-cache"):
         if time.time() - path.stat().st_mtime < seconds:
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A data set in two halves, small enough to travel one at a time, without loss.
 
-CIFAR-10 is 176 MiB as an npz file and 97 MiB as the lossless WebP images of this module, and one call to
-the GPU's machine carries 64. So each of the two calls carries one half:
+CIFAR-10 has 176 MiB as an npz file and 97 MiB as the lossless WebP images of this module. One call to
+the GPU's machine carries 64 MiB. Therefore each of the two calls carries one half:
 
     a/, b/              000.webp, ...: strips of STRIP images, one above the other
                         labels.npy
@@ -21,16 +21,16 @@ from PIL import Image, UnidentifiedImageError
 from benchmarks.cli import to_one_line
 
 HALVES = ("a", "b")
-STRIP = 500  # images of 32 rows: a WebP image has at most 16,383
+STRIP = 500  # images of 32 rows; a WebP image has at most 16,383 rows
 ABOUT = "about.json"
 
 
 class ParcelError(ValueError):
-    """A half that is missing or damaged; the message is one line."""
+    """A half is missing or damaged; the message is one line."""
 
 
 def pack(npz: Path, folder: Path) -> None:
-    """Writes both halves of NAME.npz, whose arrays are those of `benchmarks.data`."""
+    """Writes both halves of NAME.npz, which has the arrays that training/data.py reads."""
     try:
         with np.load(npz, allow_pickle=False) as arrays:
             images = np.concatenate([arrays["x_train"], arrays["x_test"]])
@@ -56,7 +56,7 @@ def pack(npz: Path, folder: Path) -> None:
 
 
 def unpack(folder: Path, out: Path) -> Path:
-    """Writes the npz file, if both halves are there and whole."""
+    """Writes the npz file; raises ParcelError unless both halves are there and whole."""
     found = [_read_half(folder / half) for half in HALVES]
     first = found[0][0]
     if any(about["file"] != first["file"] for about, *_ in found):
@@ -72,7 +72,7 @@ def unpack(folder: Path, out: Path) -> Path:
 
 
 def list_missing(folder: Path) -> list[str]:
-    """The halves that are not there."""
+    """The names of the halves that are missing."""
     return [half for half in HALVES if _read_about(folder / half) is None]
 
 
@@ -106,7 +106,7 @@ def _read_about(place: Path) -> dict[str, Any] | None:
 
 def _save(images: np.ndarray, path: Path) -> None:
     strip = Image.fromarray(images.reshape(-1, images.shape[2], 3))
-    # 1,687 bytes an image in 25 s for all of CIFAR-10; the most effort takes 30 minutes to save 2 %.
+    # 1,687 bytes per image, and 25 s for all of CIFAR-10. The highest effort saves 2 % in 30 minutes.
     strip.save(path, "WEBP", lossless=True, quality=50, method=2)
 
 

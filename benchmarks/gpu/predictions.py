@@ -1,4 +1,4 @@
-"""What was expected of an H100 before anything was measured on one, beside what was."""
+"""Predictions for an H100, made before the first measurement on one, beside the measurements."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,11 +12,13 @@ class Prediction(NamedTuple):
     what: str
     expected: str
     because: str
-    measure: Callable[[Path], Iterator[str]]  # from a folder with results: a text for every device
+    measure: Callable[
+        [Path], Iterator[str]
+    ]  # takes a folder with results, yields a text for every device
 
 
 def read_time_ratio(model: str, optimizer: str) -> Callable[[Path], Iterator[str]]:
-    """Of the times of one step, to that of optax.adam."""
+    """Reads the time of one step as a ratio to that of optax.adam."""
 
     def measure(results: Path) -> Iterator[str]:
         for content in read_contents(results, f"*/speed_few_*{model}.json"):
@@ -28,7 +30,7 @@ def read_time_ratio(model: str, optimizer: str) -> Callable[[Path], Iterator[str
 
 
 def read_speeds(pick: Callable[[dict[str, Any]], float | None], form: str = "{:.2f}") -> Any:
-    """From choice.json, the measurements that decided how to train (`benchmarks.gpu.calls.choose`)."""
+    """Reads choice.json, the measurements that decided how to train (`benchmarks.gpu.calls.choose`)."""
 
     def measure(results: Path) -> Iterator[str]:
         for content in read_contents(results, "*/choice.json"):

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu.rehearse [--data-dir DIR] [--python PYTHON3.12]
 
-A Python 3.12 with only the packages of that machine, and a copy of the last commit without history
-that is not installed. Fails if the tests cannot be collected, if a call fails, prints a warning,
-compiles a program of training twice or brings back too much, if the second call compiles what the first
-compiled for it, and if a run does not name its commit.
-DIR holds cifar10.npz, whose halves travel; by default they hold random images.
+The environment is a Python 3.12 with only the packages of that machine. It runs a copy of the last
+commit without history, which is not installed. The rehearsal fails if the tests cannot be collected, if
+a call fails, prints a warning, compiles a training program twice or brings back too much, if the second
+call compiles a program that the first compiled for it, or if a run does not name its commit. DIR holds
+cifar10.npz, whose halves travel; by default they hold random images.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from benchmarks.gpu import luggage, settings, stages
 
 ENVIRONMENT = stages.ROOT / ".venv-gpu"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-FILES = 8  # that may come back
-SECONDS = 900  # of a call
+FILES = 8  # as many may come back
+SECONDS = 900  # for each call
 
 
 class Failure(Exception):
-    """What the rehearsal found; the message is one line."""
+    """The rehearsal found an error; the message is one line."""
 
 
 def expect(condition: object, what: str) -> None:
@@ -41,7 +41,7 @@ def expect(condition: object, what: str) -> None:
 
 
 def make_environment(python: str) -> Path:
-    """Made at the first time, which takes some minutes."""
+    """The Python of the environment, which is made at the first time, in some minutes."""
     found = ENVIRONMENT / "bin" / "python"
     if not found.exists():
         try:
@@ -56,7 +56,7 @@ def make_environment(python: str) -> Path:
 
 
 def copy_commit(to: Path) -> str:
-    """The last commit's files; returns its name."""
+    """Copies the files of the last commit; returns its name."""
     git = ["git", "-C", str(stages.ROOT)]
     expect(
         not subprocess.check_output([*git, "status", "--porcelain"]),
@@ -78,7 +78,7 @@ def make_random_data(folder: Path) -> Path:
 
 
 def run_call(name: str, python: Path, copy: Path, work: Path) -> Path:
-    """The folder that its files came back in."""
+    """Runs a call; returns the folder with the files that came back."""
     out, keep = work / f"out_{name}", work / "keep"
     out.mkdir()
     words = ["-m", "benchmarks.gpu", name, str(SECONDS), "--small", "--keep", str(keep)]
@@ -108,7 +108,7 @@ def check_logs(keep: Path, methods: int) -> None:
     for path in sorted((keep / "logs").glob("*.log")):
         text = path.read_text("utf-8", "replace")
         lines = [line for line in text.splitlines() if re.search(r"\w*Warning\b", line)]
-        # JAX tells of compilations, as it was asked to, by the same way as of warnings.
+        # JAX logs compilations, as it was asked to, in the same way as warnings.
         lines = [line for line in lines if "Finished " not in line and "Compiling " not in line]
         expect(not lines, f"{path.name}: {lines[:1]}")
         if path.name.startswith(("compile_adam", "measure", "training")):

@@ -9,7 +9,7 @@ CONVOLUTIONS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
 
 
 class Setting(NamedTuple):
-    """What is measured and trained; everything else follows from the repository."""
+    """The measurements and runs of the two calls."""
 
     column: str = "cifar10/resnet20"
     epochs: int = 10
@@ -31,13 +31,13 @@ class Setting(NamedTuple):
         "so.track(optax.adam, every=10)",
     )
     rounds: int = 11
-    flags: Sequence[str] = ("", CONVOLUTIONS)  # of XLA, of which the fastest is chosen
-    other_dtypes: Sequence[str] = ("float32",)  # timed beside it
-    patience: float = 1.0  # factor of all limits
+    flags: Sequence[str] = ("", CONVOLUTIONS)  # of XLA; the fastest is chosen
+    other_dtypes: Sequence[str] = ("float32",)  # dtypes to time beside `dtype`
+    patience: float = 1.0  # multiplies the limits of all stages
     platform: str = "gpu"
 
 
-# For a CPU, in minutes: the same stages and files.
+# The rehearsal on a CPU: the same stages and files, in minutes.
 SMALL = Setting(
     column="cifar10-16/resnet8",
     epochs=1,

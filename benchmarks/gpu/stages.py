@@ -19,57 +19,61 @@ from benchmarks.gpu.settings import Setting
 
 ROOT = Path(__file__).parents[2]
 CARRIED = ROOT / ".gpu"
-PACKING = 12  # seconds at the end
-TRY_AGAIN = 75  # status of benchmarks.table2: it ended in time, and goes on with the next call
+PACKING = 12  # seconds, reserved at the end of a call
+TRY_AGAIN = 75  # exit status of benchmarks.table2 when its time was up: the next call goes on
 
 
 class CallError(Exception):
-    """Why a call ends at once; the message is one line."""
+    """A call cannot go on; the message is one line."""
 
 
 class Command(NamedTuple):
-    name: str  # of its log
+    name: str  # of the log file
     module: str
     words: Sequence[Any]
     flags: str = ""  # of XLA
 
 
 class Call:
-    """One call, which has `seconds` from now on."""
+    """The processes of one call, which has `seconds` from now on."""
 
     def __init__(self, setting: Setting, seconds: float, keep: Path, out: Path):
         self.setting, self.keep, self.out = setting, keep, out
         self._start = time.monotonic()
         self._end = self._start + seconds
         self.failed: list[str] = []
-        self.results = keep / "results"  # then that of the device
+        self.results = (
+            keep / "results"
+        )  # `first` and `second` choose the folder of the device in it
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("logs", "results", "cache", "data"):
             (keep / name).mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {
             "COMMIT": read_commit(),
             "PYTHONUNBUFFERED": "1",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the card
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # because several processes share the card
             "JAX_COMPILATION_CACHE_DIR": str(keep / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**33),  # or JAX does not note what was used
+            "JAX_COMPILATION_CACHE_MAX_SIZE": str(
+                2**33
+            ),  # without a limit JAX does not note times of use
         }
 
     def count_seconds_left(self) -> float:
-        """Seconds, without those for packing."""
+        """The seconds until packing has to begin."""
         return self._end - PACKING - time.monotonic()
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._start:5.0f} s  {text}", flush=True)
 
     def run_stage(self, limit: float, *commands: Command) -> None:
-        """All of them side by side, to their end."""
+        """Runs the commands side by side, to their end."""
         if self.begin(*commands):
             self.finish(limit, *commands)
 
     def begin(self, *commands: Command) -> bool:
-        """Whether there is time for them."""
+        """Starts the commands. Returns False if there is no time for them."""
         if self.count_seconds_left() <= 0:
             self.failed += [f"{command.name}: no time" for command in commands]
             return False
@@ -84,12 +88,12 @@ class Call:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    process_group=0,  # of its own, to be ended with all that it has started
+                    process_group=0,  # a group of its own, which ends together with its children
                 )
         return True
 
     def finish(self, limit: float, *commands: Command) -> None:
-        """Waits for them; what the time is too short for is ended, and the rest goes on."""
+        """Waits for the commands, and kills those that take longer than `limit`."""
         end = time.monotonic() + min(limit * self.setting.patience, self.count_seconds_left())
         for name in (command.name for command in commands if command.name in self._running):
             try:
@@ -101,7 +105,7 @@ class Call:
             self._report(name, status)
 
     def end(self) -> None:
-        """Of everything that still runs."""
+        """Kills all processes that still run."""
         for name in list(self._running):
             self._kill(name)
             del self._running[name]
@@ -114,7 +118,7 @@ class Call:
             luggage.drop_unfinished(self.keep / "cache", seconds=3.0)
 
     def read_log(self, name: str) -> str:
-        """What a command printed, empty if there was none."""
+        """The output of a command; empty if the command never ran."""
         path = self.keep / "logs" / f"{name}.log"
         return path.read_text("utf-8", "replace") if path.exists() else ""
 
@@ -129,7 +133,10 @@ class Call:
 
 
 def read_commit() -> str:
-    """As prepared, because a copy of the files has no history; "+" if they have changed since."""
+    """The commit that `prepare` noted; "+" marks sources that have changed since.
+
+    The files on the GPU's machine are a copy without history.
+    """
     try:
         name, digest = (CARRIED / "commit").read_text("utf-8").split()
     except (OSError, ValueError) as error:

@@ -1,0 +1,1 @@
+"""The programs that speed, kernels and precision measure, and their tools."""

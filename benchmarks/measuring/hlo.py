@@ -1,7 +1,7 @@
-"""Kernels, and the bytes that they read and write, of an optimized program of XLA, from its text.
+"""Counts kernels, and the bytes that they read and write, in the text of an optimized XLA program.
 
-The bytes of a kernel are those of its operands and results, as if no cache kept any from one kernel to
-the next; of an operand that is only sliced, those of the slices.
+The bytes of a kernel are those of its operands and results, as if no cache kept any of them for the next
+kernel. If a kernel reads only slices of an operand, the bytes are those of the slices.
 """
 
 import math
@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NOT_KERNELS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}
-KINDS = {"kLoop": "loop fusion", "kInput": "input fusion"}  # Sums are in input fusions.
-CALLS = {"call": "to_apply", "while": "body", "async": "calls"}  # and what names the called
+KINDS = {"kLoop": "loop fusion", "kInput": "input fusion"}  # XLA puts sums into input fusions
+CALLS = {
+    "call": "to_apply",
+    "while": "body",
+    "async": "calls",
+}  # with the attribute that names the callee
 SLICES = ("slice", "dynamic-slice", "gather")
-_PAIR = r"\([^()]*\)"  # A shape is one word or a tuple, here of tuples of tuples at most.
+_PAIR = r"\([^()]*\)"  # a shape is one word or a tuple, nested up to three deep
 _SHAPE = rf"\([^()]*(?:\([^()]*(?:{_PAIR}[^()]*)*\)[^()]*)*\)|\S+"
 _INSTRUCTION = re.compile(rf"\s+(?:ROOT )?%([\w.\-]+) = ({_SHAPE}) ([\w\-]+)\(([^)]*)(.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -72,14 +76,14 @@ def parse_program(text: str) -> tuple[str, Program]:
 def count(text: str, loop_body: bool = False, larger: bool = False) -> Counts:
     """Kernels of an optimized HLO program, and the bytes that they read and write.
 
-    Every fusion, copy, custom call and so on is one kernel, though a library may launch several for one
-    call; the start and the end of an asynchronous kernel count as one. What `call` wraps, command
-    buffers among it, counts as if it stood there, and a loop as often as it is known to run; with
-    `loop_body` it is one round of the entry's single loop that is counted, and nothing beside.
+    Every fusion, copy and custom call is one kernel, although a library may launch several kernels for
+    one call. The start and the end of an asynchronous kernel count as one. Instructions within a
+    `call`, those of command buffers included, count like any other, and those of a loop as many times
+    as the loop runs. With `loop_body`, the count is that of one round of the entry's single loop.
 
-    A conditional is one kernel, the copy that tells the host which branch to take, and the smaller
-    branch: with `so.track(every=10)` that of nine in ten steps, which does nothing. With `larger` it
-    is the larger branch, there that of the tenth step.
+    A conditional counts as one kernel, the copy that tells the host which branch to take, and its
+    smaller branch. With `so.track(every=10)`, nine steps in ten take that branch, which does nothing.
+    With `larger` the larger branch counts, which is that of the tenth step.
     """
     entry, program = parse_program(text)
     if loop_body:
@@ -101,8 +105,8 @@ def _count(program: Program, name: str, larger: bool) -> Counts:
         read, written = read + times * inner.read, written + times * inner.written
 
     for i in program[name]:
-        # An asynchronous kernel is read from its start, whose shape holds its operands too, and written
-        # by its end.
+        # The start of an asynchronous kernel counts the bytes that it reads, and its end those that it
+        # writes: the shape of the start holds the operands, too.
         operation = i.operation.removesuffix("-start")
         if operation in NOT_KERNELS or operation in ("async-update", "async-done"):
             continue
@@ -145,7 +149,7 @@ def _read_rounds(loop: Instruction) -> int:
 
 
 def _count_sliced_bytes(fused: Sequence[Instruction]) -> dict[int, int]:
-    """Of those parameters of a fusion of which only slices are taken: the bytes of these."""
+    """For each parameter of a fusion that is only sliced: the bytes of its slices."""
     number = {i.name: int(i.arguments) for i in fused if i.operation == "parameter"}
     taken: Counter[int] = Counter()
     whole: set[int] = set()
@@ -163,7 +167,7 @@ def _count_sliced_bytes(fused: Sequence[Instruction]) -> dict[int, int]:
 
 
 def count_bytes(shape: str) -> int:
-    """Bytes of an array, or of all in a tuple; the digits in the name of a type are its bits."""
+    """Bytes of an array, or of all arrays in a tuple; the digits in the name of a type are its bits."""
     total = 0
     for kind, digits, dimensions in re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", shape):
         bits = int(digits) if digits else 8 * (kind == "pred")  # a token has none

@@ -1,4 +1,4 @@
-"""The parameters that optimizers are measured on: shapes and spheres, without a network around them."""
+"""Shapes and spheres of the parameters on which single optimizer steps are measured."""
 
 import functools
 from typing import Any
@@ -59,8 +59,8 @@ LISTED = {"resnet50": list_resnet50, "gpt2": list_gpt2, "small": list_small}
 def describe_network(model: str) -> tuple[Any, Any]:
     """Shapes of the parameters, and their spheres.
 
-    Of a listed network, every kernel and matrix has one sphere for each output: what is measured is the
-    optimizer's cost, for which it does not matter whether a norm follows.
+    In a listed network, every kernel and matrix has one sphere for each output, whether a norm follows
+    or not: that makes no difference to the cost of an optimizer.
     """
     if model in LISTED:
         listed = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in LISTED[model]().items()}

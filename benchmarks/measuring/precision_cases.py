@@ -36,10 +36,13 @@ SPHERES = {
 class Row(NamedTuple):
     """How one row of the table is judged.
 
-    `floors` by dtype: deviations that pass whatever the CPU's are; without one, there is nothing to
-    measure. `coarse` is that of float32 where factors of products are rounded to TF32. `natural`: the
-    size that a deviation is relative to where the reference is smaller. `zero`: the reference is zero.
-    `like`: the row whose reference this one has.
+    Args:
+      floors: for each dtype, the deviation that passes whatever the CPU's deviation is. A dtype without
+        a floor is not measured.
+      coarse: the floor of float32 on devices that round the factors of products to TF32.
+      natural: deviations are relative to the reference, but to numbers of this size if it is smaller.
+      zero: whether the reference is zero.
+      like: the name of another row with the same reference.
     """
 
     floors: Mapping[str, float]
@@ -50,32 +53,34 @@ class Row(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A program, for each of the dtypes that its rows have floors for."""
+    """A program, which is run for each dtype that its rows have floors for."""
 
     compute: Callable[[str], Values]
     rows: Mapping[str, Row]
-    products: str | None = "highest"  # their precision; None: as the device has it
+    products: str | None = "highest"  # precision of matrix products; None: the device's default
     reference: str = "float64"  # the dtype of the reference
 
 
-# CUDA's powf may be wrong by 4 units in the last place (its documentation), which is 2.4e-5 of 1 - b2^t
-# at the first step. So much put into it on a CPU made 7e-6 of Adam's displacement, without it 8e-7.
-# bfloat16 has 8 binary digits: one rounding is up to 2^-9 of a number, four are 2^-7.
+# By its documentation, CUDA's powf may be wrong by 4 units in the last place, which is 2.4e-5 of 1 -
+# b2^t at the first step. On a CPU an error of that size changed Adam's displacement by 7e-6; without
+# the error the deviation was 8e-7. bfloat16 has 8 binary digits: one rounding changes a number by up
+# to 2^-9, four roundings by 2^-7.
 STEPPED = Row({"float32": 1e-5, "bfloat16": 2**-7})
-# Sums of 1584 products, roots, sines: 16 units in the last place.
+# 16 units in the last place, for sums of 1584 products, roots and sines.
 GEOMETRY = Row({"float32": 2e-6, "bfloat16": 2**-7})
-# TF32 has 11 binary digits: factors rounded so on a CPU made 1.2e-3 of MuonH's displacement.
+# TF32 has 11 binary digits. Rounding factors to it on a CPU changed MuonH's displacement by 1.2e-3.
 MUON = STEPPED._replace(coarse=5e-3, like="muonh")
-# The package's own bounds on what rounding leaves; and 0.01, for the least figure off the spheres. The
-# probes may be other points on another device: in ten tries on a CPU the largest and the least figure
-# changed by factors of two and of eight, and no verdict did.
+# The package's own bounds for figures that are zero but for rounding; and 0.01, for the least figure off
+# the spheres. Another device may draw other probes. In ten tries with other probes on a CPU, the largest
+# figure changed by a factor of two and the least by one of eight, but no verdict changed.
 FIGURES = Row({"float32": 2e-4, "bfloat16": 5e-2}, natural=1.0, zero=True)
 CHANGES = Row({"float32": 1e-3, "bfloat16": 0.15}, natural=1.0, zero=True)
 CLOSE = Row({"float32": 1.0, "bfloat16": 5.0}, natural=1.0, zero=True)
 VERDICTS = Row({"float32": 0.0, "bfloat16": 0.0})
-# A ReLU that rounding switches is about 4e-3 of a gradient that 65,536 random pixels make, so that the
-# losses are not smooth. Errors of 1e-7 in the first parameters made up to 1.5e-6 of them, of 1e-5
-# 2.1e-5; factors in TF32 8e-5, activations in bfloat16 2e-4; 1.01 times this learning rate 5.4e-5.
+# The losses are not smooth: if rounding switches one ReLU, a gradient over 65,536 random pixels
+# changes by about 4e-3. Changes of the losses: 1.5e-6 from errors of 1e-7 in the first parameters and
+# 2.1e-5 from errors of 1e-5, 8e-5 from factors in TF32, 2e-4 from activations in bfloat16, and 5.4e-5
+# from 1.01 times this learning rate.
 LOSSES = Row({"float32": 3e-5})
 FEW_LOSSES = Row({"float32": 3e-5, "bfloat16": 5e-4}, like="training")
 DEFAULT_LOSSES = FEW_LOSSES._replace(coarse=4e-4)
@@ -101,7 +106,7 @@ def list_optimizers() -> dict[str, Make]:
 
 
 def run_steps(tx: optax.GradientTransformation, dtype: str) -> tuple[Any, Any, Any]:
-    """Where the parameters start and end, and the last state; one compiled scan."""
+    """The first and the last parameters, and the last state, by one compiled scan."""
 
     @jax.jit
     def run(params: Any, grads: Any) -> Any:
@@ -164,7 +169,7 @@ DISCOVERY = {
 
 
 def list_cases() -> dict[str, Case]:
-    """In the order of the table."""
+    """All cases, in the order of the table."""
     makes = list_optimizers()
     found = {
         name: Case(functools.partial(measure_displacement, name, make), {name: STEPPED})

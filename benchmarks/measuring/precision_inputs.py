@@ -19,7 +19,7 @@ from benchmarks.training.data import SOURCES
 STEPS, BATCH = 20, 64
 SHAPES = {
     "conv1": (3, 3, 8, 16),
-    "conv2": (3, 3, 8, 16),  # two, for `so.stacked` to put together
+    "conv2": (3, 3, 8, 16),  # the shape of conv1, because `so.stacked` stacks equal shapes
     "dense": {"kernel": (32, 48), "bias": (48,)},
     "head": (32, 4, 8),
     "scale": (16,),
@@ -31,9 +31,9 @@ Values = Mapping[str, Arrays]  # by row, then by the name of the array
 
 @functools.cache
 def make_inputs(seed: int, *steps: int) -> Any:
-    """A tree of normal numbers: parameters, a tenth in size, or with `steps` gradients, of size 1.
+    """A tree of normal numbers: parameters of size 0.1 or, with `steps`, gradients of size 1.
 
-    With a tenth of that, SGD moved by few units of bfloat16: 0.18 of that displacement was rounding.
+    With gradients of size 0.1, SGD moved by few units of bfloat16, and 0.18 of that was rounding.
     """
     rng, size = np.random.default_rng(seed), 1.0 if steps else 0.1
 
@@ -44,7 +44,7 @@ def make_inputs(seed: int, *steps: int) -> Any:
 
 
 def compute_checksum() -> int:
-    """With other inputs than those of the reference, every comparison would be void."""
+    """A checksum of all inputs: a comparison is void if the reference was made from others."""
     arrays = [
         *jax.tree.leaves((make_inputs(0), make_inputs(1, STEPS), make_inputs(2))),
         *make_images(),
@@ -57,7 +57,7 @@ def put_on_device(tree: Any, dtype: str) -> Any:
 
 
 def name_arrays(tree: Any) -> dict[str, np.ndarray]:
-    """By path, in float64."""
+    """The arrays in float64, by path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float64)
         for path, x in jax.tree.leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""Whether a deviation from the reference passes, beside what a CPU deviates by."""
+"""Judges deviations from the reference by those of a CPU and by floors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ Results = Mapping[tuple[str, str], Values | str]
 
 
 def measure_deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> float:
-    """Of texts: whether they differ."""
+    """The relative deviation of numbers; for texts 1.0 if they differ."""
     if x.shape != reference.shape:
         raise ValueError(f"shape {x.shape}, in the reference {reference.shape}")
     if x.dtype.kind == "U":
@@ -27,7 +27,7 @@ def measure_deviation(x: np.ndarray, reference: np.ndarray, natural: float) -> f
 
 
 def find_largest(found: Arrays, reference: Arrays | None, natural: float) -> tuple[float, str]:
-    """The deviation, and of which array; NaN is larger than any number."""
+    """The largest deviation, and the name of its array; NaN is larger than any number."""
     if reference is None:
         reference = {name: np.zeros(x.shape) for name, x in found.items()}
     if found.keys() != reference.keys():
@@ -47,7 +47,7 @@ def choose_floor(row: Row, dtype: str) -> float:
 def judge(
     what: str, row: Row, dtype: str, values: Values | str, reference: Values, cpu: float
 ) -> dict[str, Any]:
-    """`values` are those of one case, `cpu` is the CPU's deviation."""
+    """Judges a row by the values of its case, or their error; `cpu` is the CPU's deviation."""
     if isinstance(values, str):
         return {"failed": values, "passes": False}
     try:
@@ -99,7 +99,7 @@ def passes(row: Mapping[str, Any]) -> bool:
 
 
 def list_problems(content: Mapping[str, Any]) -> list[str]:
-    """A line for whatever fails."""
+    """A line for every row and dtype that fails."""
     return [
         f"{row['what']}, {dtype}: "
         + (

@@ -23,7 +23,10 @@ from benchmarks.training.normalization import BatchNorm
 from benchmarks.training.trainer import Trainer
 
 TRAINING_RATE, B2, DECAY = 1e-3, 0.99, 5e-4
-TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}  # of `so.find_spheres`, the latter as it documents
+TOLERANCE = {
+    "float32": 1e-2,
+    "bfloat16": 5e-2,
+}  # of `so.find_spheres`; its documentation gives that for bfloat16
 
 
 class Network(nn.Module):
@@ -44,7 +47,7 @@ class Network(nn.Module):
 
 
 def make_network(dtype: str) -> tuple[Callable[[Any], Any], Any]:
-    """A function of the parameters and these, in float32; `dtype` is that of the activations."""
+    """A function of the parameters, and parameters in float32; `dtype` is that of the activations."""
     rng, net = np.random.default_rng(5), Network(jnp.dtype(dtype))
     x = rng.standard_normal((16, 12, 12, 3)).astype(np.float32)
     shapes: Any = jax.eval_shape(net.init, jax.random.key(0), x)
@@ -80,9 +83,9 @@ def measure_discovery(dtype: str) -> Values:
 
 
 def measure_losses(what: str, dtype: str, few_kernels: bool = False) -> Values:
-    """Of four steps; `dtype` is that of the activations.
+    """The losses of four training steps; `dtype` is that of the activations.
 
-    With `few_kernels` by the program that `training.build.make_trainer` makes for accelerators.
+    `few_kernels` trains by the program that `training.build.make_trainer` makes for accelerators.
     """
     x, y = make_images()
     few = Split(x[:1], y[:1])

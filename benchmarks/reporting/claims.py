@@ -1,4 +1,4 @@
-"""What the paper says of its methods (Section 4.2), and whether a set of runs says the same."""
+"""The claims of the paper about its methods (Section 4.2), tested with a set of runs."""
 
 import itertools
 import math
@@ -17,12 +17,12 @@ SMALLEST = 1e-12  # a loss can be 0
 
 
 class Claim(NamedTuple):
-    """Each of `better` is ahead of each of `worse`."""
+    """Claims that each method of `better` is ahead of each method of `worse`."""
 
     quantity: str  # a key of QUANTITIES
     better: tuple[str, ...]
     worse: tuple[str, ...]
-    words: str  # the paper's
+    words: str  # of the paper
 
 
 PAPER = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt")
@@ -61,11 +61,12 @@ CLAIMS = (
 
 
 def _measure_speed(run: Run, epochs: int) -> float:
-    """Minus the mean training loss; of its logarithm, because losses scatter in proportion."""
+    """Minus the mean logarithm of the training loss; losses scatter in proportion to their size."""
     return -float(np.log(np.maximum(run.train_loss[:epochs], SMALLEST)).mean())
 
 
-# The more the better. After the learning rate has dropped, a loss tells the level, not the speed.
+# A larger value is better. After the learning rate has dropped, the loss tells the final level and no
+# longer the speed.
 QUANTITIES = {
     ACCURACY: lambda run: run.selected_test_accuracy,
     FULL_RATE: lambda run: _measure_speed(run, recipes.count_full_rate_epochs(len(run.train_loss))),
@@ -75,9 +76,9 @@ QUANTITIES = {
 
 class Finding(NamedTuple):
     claim: Claim
-    better: str  # of the claim's pairs of methods the one that speaks for it least
+    better: str  # this pair of methods supports the claim least of all its pairs
     worse: str
-    difference: float  # in favour of the claim: points of accuracy, or a logarithm of the loss
+    difference: float  # in points of accuracy or of the log loss; positive if it supports the claim
     halfwidth: float  # of its confidence interval over the seeds
     seeds: int
 
@@ -99,7 +100,7 @@ class Finding(NamedTuple):
 
 
 def judge_claims(runs: Mapping[str, Mapping[int, Run]]) -> list[Finding]:
-    """Of method -> seed -> run. Claims of methods that are not there are left out."""
+    """Judges the claims about the methods in `runs`: method -> seed -> run."""
     found = []
     for claim in CLAIMS:
         pairs = [
@@ -107,7 +108,7 @@ def judge_claims(runs: Mapping[str, Mapping[int, Run]]) -> list[Finding]:
             for better, worse in itertools.product(claim.better, claim.worse)
         ]
         if None not in pairs:
-            # All pairs must agree, so the one with the lowest bound decides.
+            # All pairs must support the claim. Therefore the pair with the lowest bound decides.
             found.append(min(filter(None, pairs), key=lambda f: f.difference - f.halfwidth))
     return found
 
@@ -115,7 +116,7 @@ def judge_claims(runs: Mapping[str, Mapping[int, Run]]) -> list[Finding]:
 def _compare(
     claim: Claim, better: str, worse: str, ahead: Mapping[int, Run], behind: Mapping[int, Run]
 ) -> Finding | None:
-    """Seed by seed: a seed starts all methods alike."""
+    """Compares runs of the same seed, which start from the same weights."""
     seeds = [s for s in ahead if s in behind and not (ahead[s].diverged or behind[s].diverged)]
     if len(seeds) < 2:
         return None

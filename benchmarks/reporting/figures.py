@@ -26,7 +26,7 @@ STYLES = (
 
 
 def draw_training_loss(results: Sequence[Result], path: Path) -> None:
-    """Mean over the seeds as a line, smallest to largest as a band, one colour per method."""
+    """Draws the mean over the seeds as a line, and the range as a band; one colour per method."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for result, (color, dashes) in zip(results, STYLES, strict=False):
@@ -42,7 +42,7 @@ def draw_training_loss(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_training_loss_twice(results: Sequence[Result], title: str, path: Path) -> None:
-    """After the paper's Figure 3: all epochs, and the last fifth; bands of one standard deviation."""
+    """Draws all epochs and the last fifth, as in the paper's Figure 3; bands: one standard deviation."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     whole, last = figure.subplots(1, 2)
     for result, (color, dashes) in zip(results, STYLES, strict=False):
@@ -51,7 +51,9 @@ def draw_training_loss_twice(results: Sequence[Result], title: str, path: Path) 
             continue
         mean, std = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else 0 * losses[0]
         epochs = np.arange(1, len(mean) + 1)
-        late = epochs >= min(0.8 * len(epochs), len(epochs) - 1)  # two points, if there are
+        late = epochs >= min(
+            0.8 * len(epochs), len(epochs) - 1
+        )  # two points, unless there is one epoch
         for axes, where in ((whole, slice(None)), (last, late)):
             axes.plot(epochs[where], mean[where], dashes, color=color, label=result.label)
             band = mean[where] - std[where], mean[where] + std[where]
@@ -66,7 +68,7 @@ def draw_training_loss_twice(results: Sequence[Result], title: str, path: Path) 
 
 
 def draw_median_radius(radii: Mapping[str, Sequence[float]], path: Path) -> None:
-    """The median over all filters and seeds, one line per method."""
+    """Draws the median over all filters and seeds, one line per method."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for (label, medians), (color, dashes) in zip(radii.items(), STYLES, strict=False):

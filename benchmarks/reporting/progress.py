@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, and plain lines where there is none (a pipe, CI)."""
+"""Progress bars on a terminal; plain lines in a pipe or in CI."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINES = 10
-SILENCE = 60.0  # seconds without a line, where there are no bars
+SILENCE = 60.0  # seconds, the longest without a line where there are no bars
 
 
 @contextmanager
 def show_progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call after each of `total` equal parts with what has just been done."""
+    """Yields a function to call after each of `total` equal parts, with a text about the part."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -35,9 +35,9 @@ def show_progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 class Overall:
-    """How far many runs are, together and the present one: bars on a terminal, else lines.
+    """Two bars on a terminal, for all runs and for the present one; lines without a terminal.
 
-    `total` and `done` count epochs, of all runs and of those that were finished before.
+    `total` is the number of epochs of all runs, `done` that of the runs which had been finished before.
     """
 
     def __init__(self, console: Console, total: int, done: int):
@@ -55,8 +55,8 @@ class Overall:
         self._run = self.bars.add_task("compiling", total=None)
 
     def update(self, run: str, text: str, epoch: int, epochs: int, done: int) -> None:
-        """`done` epochs, those of finished runs and of the present one."""
-        if run != self._name:  # what a checkpoint restored has not been done here
+        """`done`: epochs of all finished runs and of the present run."""
+        if run != self._name:  # epochs from a checkpoint took no time here
             self._name, self._before = run, self._before + epoch - 1
         self.done = done
         self.bars.update(self._all, completed=done)
@@ -73,7 +73,7 @@ class Overall:
         self.bars.console.print(text, highlight=False, soft_wrap=True)
 
     def estimate_left(self) -> str:
-        """How long the rest will take at the speed so far, if all epochs are alike."""
+        """The time for the remaining epochs, if they take as long as those so far."""
         here = self.done - self._before
         if not here:
             return "unknown"

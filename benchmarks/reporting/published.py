@@ -1,6 +1,7 @@
 """Table 2 as published: accuracy in per cent, mean and standard deviation over 5 seeds.
 
-On the test images; for SVHN, says the paper's caption, on the validation images.
+The accuracies are those on the test images. By the paper's caption, those for SVHN are on the validation
+images.
 """
 
 _COLUMNS = (

@@ -1,4 +1,4 @@
-"""What a set of runs amounts to: a row of the table, and the JSON that keeps every number."""
+"""The result of a set of runs: a row of a table, and JSON with every number."""
 
 import json
 import math
@@ -25,10 +25,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 @dataclass(frozen=True)
 class Result:
-    """All seeds of one method; the statistics are over the seeds that did not diverge."""
+    """All seeds of one method. Statistics leave out the seeds that diverged."""
 
-    name: str  # on the command line
-    label: str  # in the paper
+    name: str  # as on the command line
+    label: str  # as in the paper
     learning_rate: float
     state_bytes_per_parameter: float
     runs: Sequence[Run]
@@ -47,7 +47,7 @@ class Result:
 
 
 def _summarize(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and the sample's standard deviation (n - 1), which one value does not have."""
+    """Mean and standard deviation of the sample (n - 1). A single value has no standard deviation."""
     return {
         "mean": statistics.fmean(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
@@ -55,7 +55,7 @@ def _summarize(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def format_mean_std(values: Sequence[float], digits: int) -> str:
-    """The mean, with the standard deviation if there is one; a dash for nothing."""
+    """The mean, with the standard deviation if there is one; a dash if there are no values."""
     found = _summarize(values)
     return " ± ".join(f"{x:.{digits}f}" for x in found.values() if x is not None) or "-"
 
@@ -98,12 +98,12 @@ def find_outcome(run: Run) -> dict[str, Any]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What a result depends on beside its recipe and the commit."""
+    """Everything that a result depends on beside its recipe and the commit."""
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "float32_products": find_float32_products(),
-        # With another number of them XLA on a CPU sums in another order.
+        # On a CPU, XLA's order of summation depends on the number of cores.
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -115,26 +115,28 @@ def describe_environment() -> dict[str, Any]:
 
 
 def make_device_slug() -> str:
-    """Part of the names of files with times, which another device must not overwrite; on a CPU empty."""
+    """A part of file names, so that times on one device do not overwrite those of another.
+
+    Empty on a CPU."""
     kind = jax.devices()[0].device_kind
     return "" if kind == "cpu" else re.sub(r"[^a-z0-9]+", "-", kind.lower())
 
 
 def read_platform(environment: Mapping[str, Any]) -> str:
-    """That of a result: "cpu" or "gpu". The oldest do not say it, and were made on CPUs."""
+    """The platform of a result: "cpu" or "gpu". The oldest results, all from CPUs, do not name it."""
     return environment.get("platform", "cpu")
 
 
 def find_float32_products() -> str:
-    """In what precision convolutions and matrix products of float32 arrays are computed."""
+    """The precision of convolutions and matrix products of float32 arrays."""
     chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None and jax.default_backend() == "gpu":
-        return "tensorfloat32"  # what XLA takes on NVIDIA's tensor cores, unless told otherwise
+        return "tensorfloat32"  # XLA's default on NVIDIA's tensor cores
     return chosen or "float32"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes the whole file or, if it is interrupted, none of it."""
+    """Writes the file whole; an interruption leaves the old file as it was."""
     text = json.dumps(_replace_nonfinite(content), indent=1, ensure_ascii=False, allow_nan=False)
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(f"{text}\n", encoding="utf-8")
@@ -142,7 +144,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _replace_nonfinite(content: Any) -> Any:
-    """JSON has no NaN: the loss of a run that diverged becomes null."""
+    """Replaces NaN and infinity, the loss of a run that diverged, by null: JSON has neither."""
     if isinstance(content, dict):
         return {key: _replace_nonfinite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""What the differences between methods are worth at the few seeds that were run."""
+"""Whether differences between methods are larger than chance, with few seeds."""
 
 import itertools
 import math
@@ -17,8 +17,8 @@ LEVEL = 0.05
 class Comparison:
     """Fisher's least significant difference of the methods' means, with the seeds as blocks.
 
-    A seed gives every method the same initial weights and the same batches, so what a seed adds to
-    all of them is no scatter: it is removed first.
+    A seed gives every method the same initial weights and the same batches. The effect that a seed has
+    on all methods alike is removed before the scatter is computed.
     """
 
     def __init__(self, labels: Sequence[str], values: np.ndarray):  # values: (methods, seeds)
@@ -41,7 +41,7 @@ class Comparison:
 
 
 def write_verdict(results: Sequence[Result]) -> str:
-    """Of the methods none of whose seeds diverged, and the seeds that all of them have run."""
+    """Compares the methods of which no seed diverged, over the seeds that all of them have run."""
     complete = [r for r in results if len(r.test_accuracies) == len(r.runs)]
     shared = set.intersection(*({run.seed for run in r.runs} for r in complete)) if complete else ()
     complete = [
@@ -52,7 +52,7 @@ def write_verdict(results: Sequence[Result]) -> str:
         return "Fewer than two methods finished two seeds: nothing to compare."
     labels = [result.label for result in complete]
     accuracy = Comparison(labels, np.array([result.test_accuracies for result in complete]))
-    # Losses scatter in proportion to their size, hence the logarithms.
+    # The logarithm, because losses scatter in proportion to their size.
     loss = Comparison(labels, -np.log([result.train_losses for result in complete]))
 
     (best, first), (second, next_best), *_ = accuracy.ranked

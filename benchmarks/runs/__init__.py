@@ -1,0 +1,1 @@
+"""Which runs a table needs, where they are stored, and the processes that make them."""

@@ -1,12 +1,11 @@
-"""Runs that are stored whole or not at all, go on where they were interrupted, and are shared.
+"""The folder with the runs of a table. Processes on several machines may share it.
 
-Everything is in one folder, which any number of processes, on any number of machines, may work on,
-each at runs of its own. The processes of `jax.distributed` work at one run together: process 0
-decides, writes and announces; the others follow.
+A run is stored whole or not at all, and an interrupted run goes on from its last checkpoint.
 
     COLUMN/METHOD_..._seedN.json    a finished run: recipe, environment, every epoch
-    unfinished/                     checkpoints of the others, by Orbax
-    locks/                          who is at what; the operating system releases a lock with its owner
+    unfinished/                     checkpoints of unfinished runs, by Orbax
+    locks/                          one lock for every claimed run; the operating system releases it when
+                                    the process that holds it ends
 """
 
 import json
@@ -30,11 +29,11 @@ from benchmarks.training import recipes
 from benchmarks.training.run import Run
 from benchmarks.training.trainer import State
 
-KEPT = 2  # the last checkpoint, and one before it
+KEPT = 2  # checkpoints: the last one, and the one before it in case the last is corrupt
 
 
 class Job(NamedTuple):
-    """Everything that decides what a run gives."""
+    """Everything that decides the result of a run."""
 
     column: str  # "cifar10/resnet20"
     method: str
@@ -53,7 +52,7 @@ class Job(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """What all methods and seeds of a table have in common, beside the column."""
+        """The part of a name that all methods and seeds of a table share, beside the column."""
         images = "" if self.images is None else f"_{self.images}images"
         dtype = "" if self.dtype == "float32" else f"_{self.dtype}"
         return f"{self.epochs}epochs_batch{self.batch_size}{images}{dtype}"
@@ -68,24 +67,24 @@ class Job(NamedTuple):
 
 
 class SweepError(Exception):
-    """Something that the run cannot go on with; the message is one line."""
+    """The store cannot be read or written as it should be; the message is one line."""
 
 
 class Store:
-    """The folder of a sweep."""
+    """Reads and writes the folder of a sweep; `say` prints a message."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say = folder, say
-        # What is at hand, which every result must have been made with. Empty where nothing is trained.
+        # Every result must have been made with these data, on this platform. Empty values allow any.
         self.data: dict[str, str] = {}  # column -> fingerprint of the data
         self.platform = ""  # "cpu" or "gpu"
 
     def holds(self, job: Job) -> bool:
-        """Whether there is a result, readable or not."""
+        """Whether there is a file with a result, readable or not."""
         return (self.folder / f"{job.name}.json").exists()
 
     def read_result(self, job: Job) -> dict[str, Any] | None:
-        """What the job gave, None if it has not finished. What is no result of it is put aside."""
+        """The result of a job, None if it has not finished. An invalid file is renamed to .corrupt."""
         path = self.folder / f"{job.name}.json"
         with _raise_in_one_line(path):
             try:
@@ -104,7 +103,7 @@ class Store:
         return found
 
     def check_origin(self, path: Path, job: Job, data: str | None, platform: str) -> None:
-        """A name tells neither images nor platform: no table may mix those of several."""
+        """Refuses results of other images or another platform; the name of a file tells neither."""
         here = self.data.get(job.column)
         if here and data and data != here:
             raise SweepError(f"{path}: made with other data; give its --data-dir, or another --out")
@@ -133,7 +132,7 @@ class Store:
 
     @contextmanager
     def claim(self, job: Job) -> Iterator[bool]:
-        """Whether the job is ours to run, for as long as the context lasts."""
+        """Yields whether this process may run the job, until the context ends."""
         path = self.folder / "locks" / f"{job.name}.lock"
         with _raise_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +151,7 @@ class Store:
 
     @contextmanager
     def open_checkpoints(self, job: Job) -> Iterator["Checkpoints"]:
-        """Those of a job; gone when the context is left without an exception."""
+        """Yields the checkpoints of a job, and deletes them unless an exception ends the context."""
         folder = self.folder / "unfinished" / job.name
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
         with _raise_in_one_line(folder):
@@ -233,9 +232,9 @@ def _check(found: Any, job: Job) -> None:
 
 
 def _find_commit() -> str | None:
-    """Of the checkout that this is, if it is one; "+" for what is not committed.
+    """The commit of this checkout, with "+" if files differ from it; None without a checkout.
 
-    A copy of the files without their history is given its commit in the variable COMMIT.
+    For a copy of the files without their history, the variable COMMIT names the commit.
     """
     if given := os.environ.get("COMMIT"):
         return given

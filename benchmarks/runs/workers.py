@@ -1,4 +1,7 @@
-"""Processes at work on the jobs of a store, each at one of its own or all of them at the same."""
+"""Runs the jobs of a store. Other processes may do so at the same time.
+
+Independent processes claim different jobs. The processes of `jax.distributed` share one job: process 0
+decides, writes and announces; the others follow."""
 
 import json
 import math
@@ -22,7 +25,7 @@ ANNOUNCEMENT = 1024  # bytes, enough for any job
 def execute(
     job: Job, trainer: Trainer, store: Store, save_every: float, show: Callable[[Run], None]
 ) -> Run:
-    """Runs a job that has been claimed, from its last checkpoint, and stores what it gives."""
+    """Runs a claimed job from its last checkpoint, and stores the result."""
     with store.open_checkpoints(job) as checkpoints:
         restored = checkpoints.restore(trainer.get_shapes())
         if restored:
@@ -47,9 +50,9 @@ def execute(
 
 
 class Deadline:
-    """When a command should have ended. No run is begun that would last longer.
+    """The time when a command should have ended. No run begins that would last longer.
 
-    What is compiled first is not counted: it is done once, and no measure of the next run.
+    Compilation does not count: it happens once, and says nothing about the time of the next run.
     """
 
     def __init__(self, seconds: float):
@@ -59,7 +62,7 @@ class Deadline:
         self._longest = max(self._longest, seconds)
 
     def leaves_time(self) -> bool:
-        """For a run that takes as long as the longest so far."""
+        """Whether a run may begin that takes as long as the longest run so far."""
         return time.monotonic() + self._longest < self._until
 
 
@@ -74,10 +77,10 @@ def work(
     wait: bool = False,
     deadline: "Deadline | None" = None,
 ) -> bool:
-    """Does what is neither finished nor claimed by another process.
+    """Runs the jobs that are neither finished nor claimed by another process.
 
-    With `wait`, returns when all is finished: what another process leaves unfinished is taken over.
-    Returns whether the deadline left time for all.
+    With `wait` it returns when all jobs are finished, and takes over jobs that other processes give up.
+    Returns whether the deadline left time for all jobs.
     """
     deadline = deadline or Deadline(math.inf)
     waited_for = 0
@@ -107,13 +110,13 @@ def work(
 
 
 def follow(store: Store, trainer: Callable[[Job], Trainer], save_every: float) -> None:
-    """What the other processes of `jax.distributed` do while process 0 is at `work`."""
+    """Runs the jobs that process 0 of `jax.distributed` announces from `work`."""
     while (job := announce(None)) is not None:
         execute(job, trainer(job), store, save_every, lambda run: None)
 
 
 def announce(job: Job | None) -> Job | None:
-    """The job of process 0, on every process; None: there is no more."""
+    """Returns the job of process 0 on every process; None means that there are no more jobs."""
     text = np.frombuffer(json.dumps(job).encode(), np.uint8)
     padded = np.pad(text, (0, ANNOUNCEMENT - len(text)))
     found = json.loads(bytes(_take_from_process_0(padded)).rstrip(b"\0"))

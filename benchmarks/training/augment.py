@@ -1,4 +1,4 @@
-"""What happens to a batch of uint8 images on the device: augmentation, then normalisation."""
+"""Augments and normalises batches of uint8 images on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from benchmarks.training.data import Source
 
 
 def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Each image, padded with black, cropped back at a random place and mirrored half the time."""
+    """Pads each image with black, crops it back at a random place and mirrors it half the time."""
     crop_key, flip_key = jax.random.split(key)
     n, height, width, channels = images.shape
     pad = (padding, padding)

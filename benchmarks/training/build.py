@@ -1,4 +1,4 @@
-"""What a run is made of: the filters that are on spheres, found by measurement, and the trainer."""
+"""Finds the filters that are on spheres, and builds the trainer of a run."""
 
 import functools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ BATCH_SIZE = 16
 
 @functools.cache
 def find_filter_spheres(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
-    """Measured on noise, with BatchNorm in training mode."""
+    """Measures on noise, with BatchNorm in training mode, which parameters are on spheres."""
     images = jax.random.normal(jax.random.key(0), (BATCH_SIZE, *image_shape))
     variables = init_variables(model, image_shape, seed=1)
     params, batch_stats = variables["params"], variables["batch_stats"]
@@ -46,18 +46,18 @@ def make_trainer(
     devices: Sequence[Any] | None = None,
     few_kernels: bool | None = None,
 ) -> Trainer:
-    """Learning rate and weight decay are arguments of its compiled program (`recipes.select_injected`).
+    """A trainer whose compiled program takes learning rate and weight decay as arguments.
 
-    `few_kernels`, by default on accelerators, computes the same up to rounding with fewer kernels, each
-    of which costs its launch there: BatchNorm's sums are computed in pairs, and the optimizer's small
-    arrays are stacked. On ResNet-20, a step of AdamSRT has 325 in place of 443, and one of Adam 292 in
-    place of 388 (`python -m benchmarks.kernels --training resnet20`). CPUs keep the program of the
-    published results.
+    `few_kernels`, the default on accelerators, computes the same up to rounding with fewer kernels, each
+    of which costs a launch: BatchNorm's sums are computed in pairs, and the optimizer's small arrays are
+    stacked. On ResNet-20 a training step with AdamSRT has 325 kernels instead of 443, and one with Adam
+    292 instead of 388 (`python -m benchmarks.kernels --training resnet20`, JAX 0.11). CPUs keep the
+    program of the published results.
     """
     if few_kernels is None:
         few_kernels = jax.default_backend() != "cpu"
     steps = epochs * count_steps(data, batch_size)
-    # What is invariant is measured in float32.
+    # The spheres are found in float32, whatever the dtype of the training.
     spheres = find_filter_spheres(MODELS[model](data.source.num_classes), data.source.shape)
     norm = BatchNorm if few_kernels else nn.BatchNorm
     net = MODELS[model](data.source.num_classes, dtype=jnp.dtype(dtype), norm=norm)
@@ -68,7 +68,7 @@ def make_trainer(
         def make(spheres: Any) -> optax.GradientTransformation:
             return make_optimizer(optimizer, schedule, spheres, values.b2, weight_decay)
 
-        # Those since the paper may go by the shapes of matrices, which a stack does not keep.
+        # The methods since the paper may depend on the shapes of matrices, which a stack changes.
         stack = few_kernels and optimizer in recipes.PAPER_METHODS
         return so.stacked(make, spheres) if stack else make(spheres)
 

@@ -1,9 +1,8 @@
 """The data sets by name, as uint8 images in memory, split into train, validation and test.
 
-`digits` ships with scikit-learn. The others are read from a folder that holds NAME.npz or a
-TensorFlow Datasets folder NAME/VERSION (array_record format; TensorFlow itself is not needed), or
-are downloaded by TensorFlow Datasets when no folder is given. `cifar10-16` is CIFAR-10 averaged down to
-16 x 16.
+`digits` ships with scikit-learn. The other data sets are read from a folder that holds NAME.npz or a
+TensorFlow Datasets folder NAME/VERSION (array_record format; TensorFlow itself is not needed). Without
+a folder, TensorFlow Datasets downloads them. `cifar10-16` is CIFAR-10 averaged down to 16 x 16.
 """
 
 import hashlib
@@ -20,25 +19,25 @@ from sklearn.datasets import load_digits
 from benchmarks.cli import to_one_line
 
 VALIDATION_FRACTION = 0.05  # of the training set, as in the paper
-DIGITS_TRAIN, DIGITS_VALIDATION = 200, 400  # few to train on, so that methods can differ
+DIGITS_TRAIN, DIGITS_VALIDATION = 200, 400  # so few training images leave methods room to differ
 SPLIT_SEED = 0  # every run of every method holds out the same images
 
 
 class DataError(ValueError):
-    """A data set that is unknown, missing, corrupt or too small; the message is one line."""
+    """A data set is unknown, missing, corrupt or too small; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known about a data set beforehand; hashable, so that jit can take it as static."""
+    """The properties of a data set; hashable, because jit takes it as a static argument."""
 
     name: str
     shape: tuple[int, int, int]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    padding: int  # of the random crops; 0: no augmentation
-    of: str = ""  # the data set that it is made from, by averaging pixels
+    padding: int  # in pixels, before random crops; 0: no augmentation
+    of: str = ""  # the data set whose pixels are averaged to make this one
 
 
 class Split(NamedTuple):
@@ -53,7 +52,7 @@ class Dataset(NamedTuple):
     test: Split
 
 
-# Means and standard deviations of the training images in [0, 1]; the paper leaves SVHN as it is.
+# Means and standard deviations of the training images in [0, 1]. The paper does not normalise SVHN.
 _CIFAR = (32, 32, 3)
 SOURCES = {
     source.name: source
@@ -75,7 +74,7 @@ SOURCES = {
 }
 
 
-# Training and test images of those that are not at hand without a download.
+# Numbers of training and test images, for data sets that need a download.
 SIZES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
@@ -84,7 +83,7 @@ SIZES = {
 
 
 def compute_fingerprint(data: Dataset) -> str:
-    """What tells data sets apart that have the same name: SHA-256 of all images and labels."""
+    """SHA-256 of all images and labels: it differs between data sets with the same name."""
     digest = hashlib.sha256()
     for split in (data.train, data.validation, data.test):
         for array in split:
@@ -106,7 +105,7 @@ def load(name: str, data_dir: Path | None = None, limit: int | None = None) -> D
 
 
 def make_random_images(name: str) -> Dataset:
-    """Noise with as many images as the data set has: enough to compile, and to measure speed."""
+    """Noise instead of images, as many as the data set has: to compile programs and to time them."""
     source = SOURCES[name]
     if name == "digits":
         return load(name)

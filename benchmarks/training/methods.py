@@ -13,8 +13,8 @@ Transformation = optax.GradientTransformation
 
 
 class Method(NamedTuple):
-    label: str  # the paper's; a dagger: only on the filters, Adam elsewhere
-    build: Callable[..., Transformation]  # learning_rate, spheres, b2, weight_decay
+    label: str  # the paper's; a dagger marks a method for filters only, beside Adam elsewhere
+    build: Callable[..., Transformation]  # takes learning_rate, spheres, b2, weight_decay
 
 
 def make_optimizer(
@@ -32,8 +32,8 @@ def _make_adamw_on_spheres(
 ) -> Transformation:
     """AdamW on the filters and plain Adam elsewhere.
 
-    The coefficient of a decoupled decay is no L2 coefficient (the paper's default of 1e-2 would
-    crush the BatchNorm scales), so the rest gets none.
+    The other parameters have no decay: a decoupled decay is no L2 coefficient, and the paper's default
+    of 1e-2 would crush the scales of BatchNorm.
     """
 
     on_spheres = jax.tree.map(lambda s: s is not None, spheres, is_leaf=lambda s: s is None)
@@ -62,7 +62,7 @@ def _wrap_sgd_like(optimizer: Callable[..., Any], **options: Any) -> Callable[..
 def _make_muonh(
     learning_rate: optax.ScalarOrSchedule, spheres: Any, b2: float, weight_decay: float
 ) -> Transformation:
-    """One sphere for every matrix that is made orthogonal, where other methods have one per filter."""
+    """Puts every matrix that Muon makes orthogonal on one sphere; other methods have one per filter."""
     layers = jax.tree.map(lambda _: so.Sphere(()), spheres)
     return so.muonh(learning_rate, layers, b2=b2, weight_decay=weight_decay)
 

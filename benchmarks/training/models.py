@@ -1,12 +1,13 @@
 """The paper's networks (Flax Linen) by name, for small images in NHWC.
 
-`dtype` is that of the activations; parameters, statistics and logits stay in float32. `norm` takes the
-place of Flax's BatchNorm: see benchmarks/training/normalization.py.
+`dtype` is the dtype of the activations; parameters, statistics and logits stay in float32. `norm`
+takes the place of Flax's BatchNorm: see normalization.py.
 
-They follow the authors' released code: convolutions have no bias and are all followed by BatchNorm,
-a ResNet's shortcut is a 1x1 convolution where the shape changes, and a convolution starts uniform in
-+-1/sqrt(fan_in). That start is part of the recipe: on a sphere the radius sets the effective
-learning rate, and this one gives every filter a radius of about 0.58 whatever its size.
+The networks follow the authors' released code. Convolutions have no bias, and BatchNorm follows
+every one of them. The shortcut of a ResNet is a 1x1 convolution where the shape changes. The
+weights of a convolution start uniform in +-1/sqrt(fan_in), which is part of the recipe: on a sphere
+the radius sets the effective learning rate, and with these weights every filter has a radius of
+about 0.58, whatever its size.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ def make_norm(kind: Norm, train: bool, dtype: jax.typing.DTypeLike) -> Norm:
 
 
 class ImageSizeError(ValueError):
-    """Images too small for the network."""
+    """The images are too small for the network."""
 
 
 class BasicBlock(nn.Module):
@@ -44,7 +45,7 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         conv, norm = partial(Conv, dtype=self.dtype), self.norm
         shortcut = x
-        # Padding 1 on both sides, as in PyTorch: "SAME" pads only on the right at stride 2.
+        # Padding 1 on both sides, as in PyTorch; "SAME" would pad only on the right at stride 2.
         x = conv(self.width, (3, 3), self.stride, padding=1)(x)
         x = nn.relu(norm()(x))
         x = conv(self.width, (3, 3), padding=1)(x)

@@ -1,8 +1,9 @@
 """BatchNorm for accelerators: the same statistics as Flax's, from fewer kernels.
 
-Flax computes every sum over the batch by itself, and XLA makes a GPU kernel of each, which costs its
-launch. Here the two sums of the forward pass are computed by one reduction, and so are the two of the
-backward pass. `benchmarks.training.build.make_trainer` says what that saves.
+Flax computes every sum over the batch on its own. XLA makes a GPU kernel from each sum, and each
+kernel costs a launch. Here one reduction computes the two sums of the forward pass, and another one
+the two sums of the backward pass. `training.build.make_trainer` has the number of kernels that this
+saves.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 
 def sum_pair(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Of two arrays over all axes but the last, by one reduction: shape (2, 1, ..., 1, channels)."""
+    """The sums of two arrays over all axes but the last: shape (2, 1, ..., 1, channels)."""
     return jnp.stack([a, b]).sum(tuple(range(1, a.ndim)), keepdims=True)
 
 
@@ -21,10 +22,10 @@ def sum_pair(a: jax.Array, b: jax.Array) -> jax.Array:
 def normalize_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x - mean) / sqrt(variance + epsilon) scale + bias, and both statistics.
+    """Returns (x - mean) / sqrt(variance + epsilon) scale + bias, the mean and the variance.
 
-    All but `x` have shape (1, ..., 1, channels). The statistics are for running averages only: no
-    gradient passes through them.
+    All arrays but `x` have shape (1, ..., 1, channels). Mean and variance are for running averages only:
+    no gradient passes through them.
     """
     return _forward(x, scale, bias, epsilon)[0]
 

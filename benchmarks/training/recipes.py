@@ -1,6 +1,6 @@
 """The recipes: the paper's schedule, the columns of its Table 2, the hyper-parameters of its search.
 
-The hyper-parameters of Adam w/o (ab) were never released: it starts from those of Adam w/o (abc).
+The hyper-parameters of Adam w/o (ab) were never released. It gets those of Adam w/o (abc).
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ _SEARCHED: dict[tuple[str, str], dict[str, tuple[float | None, float]]] = {
         "sgd_mrt": (None, 3.125e-5),
     },
 }
-# The paper publishes no column of its own for these: they start from a relative's.
+# The paper has no hyper-parameters for these methods: each gets those of a related method.
 _SAME_AS = {
     "adamst": "adamsrt",
     "adamg_star": "sgd",
@@ -111,7 +111,7 @@ _DEFAULT_COLUMN = ("cifar10", "resnet20")
 
 
 class Column(NamedTuple):
-    """What all methods of a column of Table 2 have in common."""
+    """The data, network and number of epochs that all methods of a column of Table 2 share."""
 
     dataset: str
     model: str
@@ -128,20 +128,21 @@ COLUMNS = {
     }.items()
     for model in models
 } | {
-    # Our own, for two CPU cores: small enough to be fitted, which is where the paper's methods part.
+    # Our own column, for two CPU cores: the network is small, but can fit so few images. The paper's
+    # methods only differ where a network fits its images.
     "cifar10-16/resnet8": Column("cifar10-16", "resnet8", images=5000, epochs=75),
 }
-# In the order of the paper's table, and SGD-M.
+# In the order of the paper's table; SGD-M is ours.
 PAPER_METHODS = ("adam", "adamw", "adamg", "adams", "adamst", "adamsrt", "sgd")
-SINCE_THE_PAPER = ("adamp", "sgdp", "adamh", "muonh")  # what others have published since
+SINCE_THE_PAPER = ("adamp", "sgdp", "adamh", "muonh")  # published by others
 
-# For columns without published values: the same multiples of the learning rate for every method, and two
-# L2 coefficients. A decay that is not in the gradient is 20 times as much, as the paper's default for
-# AdamW, 1e-2, is of its 5e-4; on a hyperball there is none.
+# The grid for columns without published values: for every method the same multiples of its learning rate
+# and two L2 coefficients. A decay outside the gradient is 20 times as large: in the paper the default of
+# AdamW is 1e-2, and that of the other methods 5e-4. The methods on a hyperball have no decay.
 GRID_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_DECAYS = (6.25e-5, 5e-4)
 DECOUPLED = {"adamw": 20.0, "adamp": 20.0}
-GRID_SEED = 100  # not one of the table's; the grid never looks at the test images
+GRID_SEED = 100  # no seed of the table; the grid never looks at the test images
 
 
 def list_grid(
@@ -164,7 +165,7 @@ def list_grid(
 
 
 def rank(validation_accuracy: float, train_loss: float) -> tuple[float, float]:
-    """Orders the cells of a grid: by accuracy on the validation images, then by lower training loss."""
+    """Orders the cells of a grid by validation accuracy, and equal ones by lower training loss."""
     return validation_accuracy, -train_loss
 
 
@@ -175,30 +176,30 @@ class Hyperparameters(NamedTuple):
 
 
 def select_injected(values: Hyperparameters) -> dict[str, float]:
-    """Those that a compiled program takes as arguments: one program serves all cells of a grid.
+    """The values that a compiled program takes as arguments: one program serves all cells of a grid.
 
-    A decay of zero is not among them, because then its arithmetic is left out. Nor is b2: 1 - b2 rounds
-    differently in a program that does not know it.
+    A decay of zero is a constant, so that XLA leaves its arithmetic out. b2 is a constant too: 1 - b2
+    rounds differently in a program that does not know b2.
     """
     found = {"learning_rate": values.learning_rate, "weight_decay": values.weight_decay}
     return {name: value for name, value in found.items() if name == "learning_rate" or value}
 
 
 def get_hyperparameters(dataset: str, model: str, optimizer: str) -> Hyperparameters:
-    """The paper's values; a combination that it did not train gets those of CIFAR-10, ResNet20."""
+    """The paper's values; combinations that it did not train get those of CIFAR-10, ResNet20."""
     column = _SEARCHED.get((dataset, model), _SEARCHED[_DEFAULT_COLUMN])
     b2, weight_decay = column[_SAME_AS.get(optimizer, optimizer)]
     return Hyperparameters(LEARNING_RATES[optimizer], b2, weight_decay)
 
 
 def count_full_rate_epochs(epochs: int) -> int:
-    """How many pass before the first milestone."""
+    """The number of epochs before the first milestone."""
     return max(epochs * MILESTONES[0] // EPOCHS, 1)
 
 
 def make_schedule(learning_rate: float, total_steps: int) -> optax.Schedule:
-    """x 0.1 at epochs 135, 225 and 315 of 405, scaled to `total_steps`."""
-    # Rounded up: never before the first step.
+    """Multiplies the rate by 0.1 at epochs 135, 225 and 315 of 405, scaled to `total_steps`."""
+    # Rounded up, because no milestone may come before the first step.
     milestones = np.array([-(-total_steps * m // EPOCHS) for m in MILESTONES], np.int32)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:

@@ -2,11 +2,11 @@
 
 Images stay in device memory; shuffling and augmentation are part of the compiled code. An
 accelerator gets one call per epoch (a scan over the steps); a CPU gets one call per step, because
-XLA's CPU convolutions inside a scan take about twelve times as long. Both compute the same.
+XLA's CPU convolutions inside a scan take about twelve times as long (JAX 0.10). Both compute the same.
 
-Several devices, of one process or of many, share every batch: parameters, statistics and optimizer
-state are on all of them, and BatchNorm's statistics are those of the whole batch, so that a run gives
-the same, but for rounding, on any number of devices.
+Several devices, of one process or of many, share every batch. Parameters, statistics and optimizer
+state are on every device, and BatchNorm's statistics are computed over the whole batch. Therefore a
+run gives the same, up to rounding, on any number of devices.
 """
 
 import math
@@ -38,13 +38,14 @@ class State(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One epoch's randomness, a row per step."""
+    """The random choices of one epoch, a row per step."""
 
     indices: jax.Array  # (steps, batch)
     keys: jax.Array  # (steps,)
 
 
-# Runs once a seed: compiling matters more, and without LLVM's optimisation takes a sixth of the time.
+# Called once per seed, so that compiling takes longer than running. Without LLVM's optimisation it takes
+# a sixth of the time.
 @partial(
     jax.jit,
     static_argnames=("model", "shape", "sharding"),
@@ -65,7 +66,7 @@ def init_variables(
 def make_plan(
     seed: int, epoch: int, steps: int, batch_size: int, n: int, sharding: NamedSharding
 ) -> Plan:
-    """Every image at most once an epoch; the remainder that fills no batch is left out."""
+    """Uses every image at most once an epoch, and leaves out a remainder that fills no batch."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
     shuffle_key, step_key = jax.random.split(key)
     order = jax.random.permutation(shuffle_key, n)[: steps * batch_size]
@@ -84,9 +85,9 @@ def count_correct(
 class Trainer:
     """Compiles `tx` on `model` and `data` once; every `run` trains one seed from scratch.
 
-    If `tx` is made by `optax.inject_hyperparams`, its hyper-parameters are arguments of the compiled
-    program, and every run may have its own. `devices` of JAX share each batch; by default, the first one
-    has it all.
+    If `optax.inject_hyperparams` made `tx`, its hyper-parameters are arguments of the compiled program,
+    and every run may have its own. The JAX devices `devices` share each batch; by default, the first
+    device gets whole batches.
     """
 
     def __init__(
@@ -134,9 +135,9 @@ class Trainer:
         return train.lower(self.get_shapes(), *self.train, plan, *index).compile()
 
     def init(self, seed: int, hyperparams: Hyperparams | None = None) -> State:
-        """Where a run starts: the same parameters for every method.
+        """The state before the first step, with the same parameters for every method.
 
-        `hyperparams` replaces those that `optax.inject_hyperparams` put into the optimizer's state.
+        `hyperparams` replaces the hyper-parameters in the optimizer's state.
         """
         variables = init_variables(self.model, self.source.shape, seed, self.replicated)
         params = variables["params"]
@@ -157,7 +158,7 @@ class Trainer:
         }
 
     def get_shapes(self) -> State:
-        """What a state looks like, and where it is."""
+        """Shapes, dtypes and shardings of a state."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.init(0)
         )
@@ -171,12 +172,15 @@ class Trainer:
         test: Literal["best", "every", "never"] = "best",
         hyperparams: Hyperparams | None = None,
     ) -> Run:
-        """Trains up to `epochs` epochs; `on_epoch` sees the run so far and its state.
+        """Trains up to `epochs` epochs.
 
-        `test` says when to look at the test images: where validation is at its best so far, after
-        every epoch, or never.
-        `resume` is what `on_epoch` has seen before: from there, the run goes on as if never interrupted.
-        `hyperparams` are those of this run, if the optimizer has them in its state.
+        Args:
+          on_epoch: called after every epoch with the run so far and its state.
+          resume: arguments of an earlier call of `on_epoch`. The run goes on from there and gives the
+            same as without an interruption.
+          test: when to measure the test accuracy: after epochs with the best validation accuracy so far,
+            after every epoch, or never.
+          hyperparams: hyper-parameters of this run, if the optimizer has them in its state.
         """
         run, state = resume or (Run(seed), self.init(seed, hyperparams))
         for epoch in range(len(run.train_loss), epochs):
@@ -193,17 +197,18 @@ class Trainer:
         return run
 
     def compile(self) -> None:
-        """The program of training, which takes longest; once."""
+        """Compiles the training program, unless it has been compiled. No other program takes as long."""
         _ = self._train
 
     def time_epochs(self, epochs: int) -> list[tuple[float, float]]:
-        """Compiles all that a run needs; when each epoch began and ended, in seconds of `time.time`.
+        """Returns when each epoch began and ended, in seconds of `time.time`.
 
-        One more before them, which is not among them, touches memory for the first time.
+        Compiles all programs of a run first, and trains one more epoch, which is not counted because it
+        touches memory for the first time.
         """
         self.compile()
         state, times = self.init(0), []
-        self.draw_plan(0, 0)  # is compiled too, and so is the evaluation
+        self.draw_plan(0, 0)  # compiles
         self._measure_accuracy(state, self.validation[:1])
         for epoch in range(1 + epochs if epochs else 0):
             start = time.time()
@@ -244,7 +249,7 @@ class Trainer:
         return jax.lax.scan(body, state, jnp.arange(self.steps, dtype=jnp.int32))
 
     def train_epoch(self, state: State, seed: int, epoch: int) -> tuple[State, np.ndarray, float]:
-        """The new state, the steps' losses and the median time of a step."""
+        """Returns the new state, the losses of all steps, and the median time of a step."""
         plan, train = jax.block_until_ready(self.draw_plan(seed, epoch)), self._train
         if self.scan:
             start = time.perf_counter()
@@ -277,9 +282,10 @@ def count_steps(data: Dataset, batch_size: int) -> int:
 
 
 def _make_batches(split: Split, sharding: NamedSharding) -> list[tuple[Split, int]]:
-    """Batches of one size, so that evaluation compiles once, and how many images each has.
+    """Batches for evaluation, each with its number of images.
 
-    What fills up the last one has label -1, which is never right.
+    All have the same size, so that evaluation compiles once. The images that fill up the last batch have
+    the label -1, which no prediction equals.
     """
     batches = []
     size = -(-EVALUATION_BATCH // sharding.mesh.size) * sharding.mesh.size
@@ -293,7 +299,7 @@ def _make_batches(split: Split, sharding: NamedSharding) -> list[tuple[Split, in
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """On the devices of all processes, each of which has the whole array."""
+    """Places an array, which every process has as a whole, on the devices of all processes."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
