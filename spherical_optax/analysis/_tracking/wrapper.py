@@ -72,8 +72,9 @@ def track(
     state may also contain states of unknown classes if they hold numbers only, and declared states may
     hold other large arrays. What is tested and what is trusted:
 
-    - Every update still has to lie along a / b. A wrong `eps` turns a / b and gives NaN. Only a group in
-      which a single coordinate has a gradient shows no turn, and its rate may be wrong.
+    - Every update still has to lie along a / b, to within 0.01 rad in float32. A wrong `eps` turns a / b
+      and gives NaN. Only a group in which a single coordinate has a gradient shows no turn, and its rate
+      may be wrong.
     - `b1` is trusted. It scales a and turns nothing: the rate is proportional to 1 - b1.
     - A number that is given alone replaces the fitted one; the test on the tiny tree stays.
 
