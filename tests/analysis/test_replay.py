@@ -18,7 +18,7 @@ FROM_THE_STATE = {
     "adam": optax.adam(0.1),
     "adamw": optax.adamw(0.1, weight_decay=0.3),
     "amsgrad": optax.amsgrad(0.1),
-    "lion's b2 aside, sgd with momentum": optax.sgd(0.1, 0.9),
+    "sgd with momentum": optax.sgd(0.1, 0.9),
     "schedule": optax.adam(optax.linear_schedule(0.0, 0.1, 5)),
     "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1),
     "clip before": optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)),
