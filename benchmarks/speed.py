@@ -180,6 +180,7 @@ def make_turn(file: Path | None) -> Callable[[], None]:
     lock = filelock.FileLock(f"{file}.lock")
 
     def turn() -> None:
+        print("compiled, waits for its turn", file=sys.stderr, flush=True)
         while not file.exists():
             time.sleep(0.1)
         lock.acquire()  # until this process ends

@@ -223,6 +223,11 @@ def test_the_fastest_is_chosen(call, monkeypatch):
     monkeypatch.setattr(call, "run_stage", stage)
     assert choice() == (call.setting.flags[1], 2)
     assert stages[-1] == ["measure_adamsrt_flags_0", "measure_adamsrt_flags_1"]
+    call.setting = call.setting._replace(other_dtypes=("bfloat16",))
+    speeds["adamsrt_bfloat16"] = 90.0
+    assert choice() == (call.setting.flags[1], 2)
+    content = json.loads((call.results / "choice.json").read_text())
+    assert content["images_per_second"]["dtypes"] == {"bfloat16": pytest.approx(90.0)}
     speeds |= {"adamsrt_flags": 102.0, "adamsrt_0": 50.0, "adamsrt_1": 60.0}
     assert choice() == ("", 1)
     speeds |= {"adamsrt_flags": 0.0, "adamsrt_0": 0.0}  # neither runs

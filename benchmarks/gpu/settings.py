@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from benchmarks.training import recipes
 
+# Convolutions in CUDA graphs. On an H100 with JAX 0.11.2 no program with a convolution runs then: cuDNN
+# reports 5003, or "No DNN support for stream". Put the flag into `flags` to try another version.
 CONVOLUTIONS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
 
 
@@ -15,7 +17,8 @@ class Setting(NamedTuple):
     epochs: int = 10
     dtype: str = "bfloat16"
     methods: Sequence[str] = recipes.PAPER_METHODS
-    rates: Sequence[float] = (3.0, 10.0, 30.0)
+    # 1 is there since the first grid on an H100: of 3, 10 and 30, 3 was best for six of seven methods.
+    rates: Sequence[float] = (1.0, 3.0, 10.0, 30.0)
     decays: Sequence[float] = recipes.GRID_DECAYS
     seeds: int = 5
     more: Sequence[str] = ()  # options of benchmarks.table2
@@ -31,7 +34,7 @@ class Setting(NamedTuple):
         "so.track(optax.adam, every=10)",
     )
     rounds: int = 11
-    flags: Sequence[str] = ("", CONVOLUTIONS)  # of XLA; the fastest is chosen
+    flags: Sequence[str] = ("",)  # of XLA; the fastest is chosen
     other_dtypes: Sequence[str] = ("float32",)  # dtypes to time beside `dtype`
     patience: float = 1.0  # multiplies the limits of all stages
     platform: str = "gpu"
