@@ -1,4 +1,5 @@
 # `make demo` and `make test` set everything up in .venv on first use.
+# `make test FAST=1` leaves out the tests marked as slow; continuous integration runs them all.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -12,7 +13,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest --numprocesses=auto --quiet
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal --quiet $(if $(FAST),-m "not slow")
 
 # Both calls to a lent GPU, in small on this CPU. Needs a Python 3.12, and about ten minutes.
 PYTHON312 ?= python3.12

@@ -8,8 +8,6 @@ import pytest
 
 import spherical_optax as so
 
-from .compiling import quick_jit
-
 MAKES = {"adamp": so.adamp, "sgdp": so.sgdp}
 FILTERS, LAYER = so.Sphere(), so.Sphere(())
 
@@ -94,7 +92,7 @@ def test_the_guess_takes_some_noise_for_invariance():
     x = _normal(0, 40, 30)
     tx = so.adamp(1.0)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def taken(g):
         return jnp.abs(so.geometry.dot(_first(tx, g, x), x, LAYER)[0, 0]) < 1e-3

@@ -8,7 +8,6 @@ import pytest
 
 import spherical_optax as so
 
-from .compiling import quick_jit
 from .optimizers import SPHERES, random_tree
 
 geometry = so.geometry
@@ -71,7 +70,7 @@ def test_retract_reaches_the_radius(radius):
     state = tx.init(params)
     for seed in (1, 2, 3):
         grads = random_tree(seed)
-        updates, state = quick_jit(tx.update)(grads, state, params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
         plain = optax.apply_updates(params, jax.tree.map(lambda g: -0.3 * g, grads))
         params = optax.apply_updates(params, updates)
         if isinstance(radius, str):
@@ -102,7 +101,7 @@ def test_the_default_is_current():
 
 def test_retract_takes_a_traced_radius():
     params, updates = random_tree(0), random_tree(1)
-    step = quick_jit(lambda r: _update(so.retract(SPHERES, r), updates, params))(jnp.float32(2.0))
+    step = jax.jit(lambda r: _update(so.retract(SPHERES, r), updates, params))(jnp.float32(2.0))
     for norm in _curved(_norms(optax.apply_updates(params, step))):
         np.testing.assert_allclose(norm, 2.0, rtol=1e-6)
 
@@ -144,7 +143,7 @@ class TestEach:
         params, updates = random_tree(0, dtype=dtype), random_tree(1, dtype=dtype)
         tx = make(SPHERES)
         state = tx.init(params)
-        result, after = quick_jit(tx.update)(updates, state, params)
+        result, after = jax.jit(tx.update)(updates, state, params)
         assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(dtype)}
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 

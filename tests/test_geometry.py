@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import spherical_optax as so
 
-from .compiling import quick_jit
 from .golden import reference
 
 geometry = so.geometry
@@ -52,13 +51,13 @@ log_radii = st.floats(-3, 3)
 
 
 def _jitted(name):
-    return quick_jit(lambda *trees: getattr(geometry, name)(*trees, SPHERES))
+    return jax.jit(lambda *trees: getattr(geometry, name)(*trees, SPHERES))
 
 
 NAMES = ("dot", "norm", "direction", "project", "transport", "exp", "log", "retract", "angle")
 DOT, NORM, DIRECTION, PROJECT, TRANSPORT, EXP, LOG, RETRACT, ANGLE = map(_jitted, NAMES)
 
-RETRACT_TO = quick_jit(lambda x, v, radius: geometry.retract(x, v, SPHERES, radius))
+RETRACT_TO = jax.jit(lambda x, v, radius: geometry.retract(x, v, SPHERES, radius))
 
 
 def _random(seed, log_radius=0.0):

@@ -9,7 +9,6 @@ import pytest
 
 import spherical_optax as so
 
-from .compiling import quick_jit
 from .optimizers import SPHERES, random_tree
 
 geometry = so.geometry
@@ -45,7 +44,7 @@ FUNCTIONS = {
 @functools.cache
 def _value_and_grad(name):
     function, _ = FUNCTIONS[name]
-    return quick_jit(jax.value_and_grad(lambda trees: _total(function(*trees, SPHERES))))
+    return jax.jit(jax.value_and_grad(lambda trees: _total(function(*trees, SPHERES))))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -11,7 +11,7 @@ import pytest
 
 import spherical_optax as so
 
-from .compiling import quick_jit
+from .compiling import usual_jit
 
 LAYER, FILTERS = so.Sphere(()), so.Sphere()
 INNERS = {
@@ -29,7 +29,7 @@ def _normal(seed, *shape, dtype=jnp.float32):
 
 def _path(tx, x, steps=4, seed=1):
     """The points after each step of a stream of gradients, and the state."""
-    state, update, path = tx.init(x), quick_jit(tx.update), []
+    state, update, path = tx.init(x), jax.jit(tx.update), []
     for k in range(steps):
         updates, state = update(_normal(seed + k, *x.shape, dtype=x.dtype), state, x)
         x = optax.apply_updates(x, updates)
@@ -89,6 +89,7 @@ DRIFTING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_no_drift_in_bfloat16(rate):
     """At every one of 10,000 steps the radius is that of the start to 1e-3, in every array."""
@@ -105,8 +106,8 @@ def test_no_drift_in_bfloat16(rate):
     start, common, noise = trees(0), trees(10, scale=0.5), trees(20, 64)
     radius = so.geometry.norm(start, spheres)
 
-    # Not with quick_jit: what the compiler skips of the rounding is tested too.
-    @jax.jit
+    # With all optimisations, because what they skip of the rounding is tested too.
+    @usual_jit
     def run(x, state):
         def step(carry, k):
             x, state = carry
@@ -158,7 +159,7 @@ def test_stacks_are_separate_spheres(make, shape, sphere, alone):
     tx = make(0.1, alone)
     for index in np.ndindex(*shape[:leading]):
         x = stack[index]
-        state, update = tx.init(x), quick_jit(tx.update)
+        state, update = tx.init(x), jax.jit(tx.update)
         for k, expected in enumerate(together):
             updates, state = update(_normal(1 + k, *shape)[index], state, x)
             x = optax.apply_updates(x, updates)

@@ -40,6 +40,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @notebooks
 def test_runs_in_the_small_setting(path, tmp_path):
     pytest.importorskip("nbclient")
@@ -61,6 +62,8 @@ def test_runs_in_the_small_setting(path, tmp_path):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they compile more than they compute
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "SPHERICAL_OPTAX_SMALL": "1",
+        # The package that is tested, also where another copy of it is installed.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])]),
     }
     done = subprocess.run(
         [sys.executable, "-c", EXECUTE, str(path), str(SECONDS)],

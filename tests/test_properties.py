@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import spherical_optax as so
 
-from .compiling import quick_jit
 from .optimizers import TABLE, random_tree
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -56,7 +55,7 @@ def _loss(params):
 def _run(name, steps=15, **kwargs):
     """(params, learning rate, L2) -> the params before each step, and after the last; the updates."""
 
-    @quick_jit
+    @jax.jit
     def run(params, learning_rate, weight_decay):
         tx = TABLE[name](learning_rate, SPHERES, weight_decay=weight_decay, **kwargs)
 
@@ -186,7 +185,7 @@ def test_sgd_and_adamg_star_under_a_schedule():
         rates = scale * jnp.asarray([0.04, 0.01, 0.03, 0.005] * 3)
         tx = TABLE[name](lambda count: rates[count], SPHERES, weight_decay=0.5)
 
-        @quick_jit
+        @jax.jit
         def step(params, state):
             updates, state = tx.update(jax.grad(_loss)(params), state, params)
             return optax.apply_updates(params, updates), state
@@ -213,7 +212,7 @@ def test_groups_do_not_see_each_other(name):
     """Another gradient for one filter, and all the others still do what they did."""
     tx = TABLE[name](0.01, SPHERES, weight_decay=0.1)
 
-    @quick_jit
+    @jax.jit
     def run(params, factor):
         def step(carry, k):
             params, state = carry

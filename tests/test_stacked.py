@@ -8,7 +8,7 @@ import pytest
 
 import spherical_optax as so
 
-from .compiling import quick_jit
+from .compiling import usual_jit
 from .optimizers import TABLE, random_tree
 
 SHAPES = {
@@ -56,7 +56,7 @@ def test_the_same_steps(name):
     shapes = {leaf.shape for leaf in jax.tree.leaves(other)}
     assert (3, 3, 3, 2, 4) in shapes or not TABLE[name].has_mu
     assert (2, 30, 20) not in shapes
-    expect, update = quick_jit(plain.update), quick_jit(tx.update)
+    expect, update = jax.jit(plain.update), jax.jit(tx.update)
     for seed in (1, 2, 3):
         p, one = expect(random_tree(seed, SHAPES), one, x)
         q, other = update(random_tree(seed, SHAPES), other, y)
@@ -71,7 +71,7 @@ def test_fewer_operations():
     spheres = so.spheres_where(params, "kernel")
 
     def operations(tx):
-        step = jax.jit(lambda g, s, x: optax.apply_updates(x, tx.update(g, s, x)[0]))
+        step = usual_jit(lambda g, s, x: optax.apply_updates(x, tx.update(g, s, x)[0]))
         program = step.lower(params, tx.init(params), params).compile().as_text()
         return program[program.index("ENTRY") :].count(" fusion(")
 

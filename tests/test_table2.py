@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.run import Run
 from benchmarks.training.trainer import Trainer
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 TINY = """
 import sys
 from functools import partial
@@ -72,14 +73,26 @@ def outcomes(out):
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
-    """What the sweep gives without any interruption."""
+def uninterrupted(tmp_path_factory):
+    """The folder of a sweep without any interruption."""
     out = tmp_path_factory.mktemp("expected")
     with pytest.MonkeyPatch.context() as patch:
         add_column(patch)
         assert table2.main(arguments(out)) == 0
-    assert len(outcomes(out)) == 4
-    return outcomes(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(uninterrupted):
+    """What the sweep gives without any interruption."""
+    assert len(outcomes(uninterrupted)) == 4
+    return outcomes(uninterrupted)
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
 
 
 def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch, expected):
@@ -192,8 +205,8 @@ def edited(place, value):
         edited(("run", "test_accuracy"), ["high"] * 4),
     ],
 )
+@pytest.mark.usefixtures("finished")
 def test_a_corrupt_result_is_put_aside(tmp_path, capsys, expected, damage):
-    assert table2.main(arguments(tmp_path)) == 0
     damaged = sorted(tmp_path.glob("digits_tiny/*.json"))[0]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("digits_tiny/*.json")}
     content = damage(damaged.read_text("utf-8"))
@@ -229,8 +242,8 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, expected, what):
     assert outcomes(tmp_path) == expected
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_result_that_may_not_be_read_stays(tmp_path, capsys, monkeypatch, expected):
-    assert table2.main(arguments(tmp_path)) == 0
     name = sorted(expected)[0]
     read = Path.read_text
 
@@ -451,8 +464,8 @@ def test_warm(tmp_path, capsys, monkeypatch):
     assert not outcomes(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("finished")
 def test_results_of_another_platform_are_refused(tmp_path, capsys, monkeypatch, expected):
-    assert table2.main(arguments(tmp_path)) == 0
     monkeypatch.setattr(table2.jax, "default_backend", lambda: "gpu")
     with pytest.raises(SystemExit):
         table2.main(arguments(tmp_path))

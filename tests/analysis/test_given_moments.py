@@ -11,7 +11,6 @@ import pytest
 import spherical_optax as so
 from spherical_optax._core.moments import Moments
 
-from ..compiling import quick_jit
 from ..optimizers import random_tree
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -31,7 +30,7 @@ def _adam(rate=0.05):
 def _run(tx, steps=3, **extra):
     """The last parameters, updates and state."""
     params = _random(0)
-    state, update = tx.init(params), quick_jit(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update)
     for seed in range(1, steps + 1):
         before = params
         updates, state = update(_random(seed), state, params, **extra)

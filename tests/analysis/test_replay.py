@@ -11,6 +11,8 @@ import pytest
 import spherical_optax as so
 from spherical_optax.analysis._tracking.updates_from_state import get_replay
 
+from ..compiling import usual_jit
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 LABELS = {"w": "a", "b": "b"}
@@ -71,7 +73,7 @@ def test_effects_happen_once(capfd):
     talkative = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
     tx = so.track(optax.chain(optax.adam(0.1), talkative), {"w": so.Sphere(), "b": None}, every=2)
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
-    jax.block_until_ready(jax.jit(tx.update)(params, tx.init(params), params))
+    jax.block_until_ready(usual_jit(tx.update)(params, tx.init(params), params))
     jax.effects_barrier()
     assert capfd.readouterr().out.count("updated") == 1
 
@@ -87,7 +89,7 @@ def test_memory(name):
         return optax.apply_updates(params, updates), state
 
     arguments = jax.eval_shape(lambda: (params, tx.init(params), params))
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    compiled = usual_jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
     program = compiled.as_text()
     made = re.findall(
         r"= f32\[512,512\]\S* (?!parameter|get-tuple-element)", program.split("ENTRY")[1]

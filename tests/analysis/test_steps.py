@@ -10,7 +10,6 @@ import pytest
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from ..golden import reference
 from ..optimizers import SPHERES, random_tree
 
@@ -81,7 +80,7 @@ def case(request):
 
 def test_image_step_is_what_happens(case):
     x, a, b, eta = case
-    step = quick_jit(lambda *args: so.analysis.image_step(*args, SPHERES))(x, a, b, eta)
+    step = jax.jit(lambda *args: so.analysis.image_step(*args, SPHERES))(x, a, b, eta)
     after = jax.tree.map(lambda x, a, b: x - eta * a / b, x, a, b)
     for group in _groups():
         x0, x1, a0, b0 = (_vector(tree, group) for tree in (x, after, a, b))
@@ -108,7 +107,7 @@ def test_measured_step_agrees_with_the_image(case):
     x, a, b, eta = case
     image = so.analysis.image_step(x, a, b, eta, SPHERES)
     updates = jax.tree.map(lambda a, b: -eta * a / b, a, b)
-    step = quick_jit(lambda x, q: so.analysis.measure_step(x, q, SPHERES))(x, updates)
+    step = jax.jit(lambda x, q: so.analysis.measure_step(x, q, SPHERES))(x, updates)
     for name in ("angle", "radius", "next_radius", "next_direction"):
         jax.tree.map(
             lambda m, i: np.testing.assert_allclose(m, i, rtol=1e-9, atol=1e-12),
@@ -279,7 +278,7 @@ class TestTable1:
             return jnp.mean(jax.nn.softplus(logits)) + jnp.mean(y**4)
 
         params = {"w": jnp.asarray(rng.normal(size=(3, 3, 2, 4)))}
-        grad, points, grads = quick_jit(jax.grad(loss)), [], []
+        grad, points, grads = jax.jit(jax.grad(loss)), [], []
         tx = so.sgd(cls.ETA, momentum=cls.MOMENTUM, weight_decay=cls.DECAY)
         state = tx.init(params)
         for _ in range(6):
@@ -381,7 +380,7 @@ class TestEquilibrium:
             step = so.analysis.measure_step(x, updates, sphere)
             return (x + updates, state), (step.angle, step.radius)
 
-        _, (angles, radii) = quick_jit(lambda x: jax.lax.scan(body, (x, tx.init(x)), noise))(x)
+        _, (angles, radii) = jax.jit(lambda x: jax.lax.scan(body, (x, tx.init(x)), noise))(x)
         late = slice(steps // 2, None)
         rms = [float(jnp.sqrt(jnp.mean(y[late] ** 2))) for y in (angles, radii)]
         return rms

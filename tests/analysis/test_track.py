@@ -11,7 +11,7 @@ from flax import nnx
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
+from ..compiling import usual_jit
 from ..optimizers import SPHERES, TABLE, random_tree
 
 SMALL = {"conv": (3, 3, 2, 4), "dense": (6, 4), "bias": (4,)}
@@ -38,7 +38,7 @@ def _rayleigh(seed):
         aligned = jax.tree.map(lambda a, b: jnp.sum(jnp.sin(3 * a) * b), u, targets)
         return sum(jax.tree.leaves(aligned))
 
-    return quick_jit(jax.grad(loss))
+    return jax.jit(jax.grad(loss))
 
 
 @pytest.mark.usefixtures("x64", "promotion")
@@ -72,7 +72,7 @@ class TestEffectiveRate:
     def _check(self, tx, by_hand, rate=None, leaves=("conv", "dense")):
         tx = so.track(tx, ON)
         grad, params, history = _rayleigh(0), _small(1), []
-        state, update = tx.init(params), quick_jit(tx.update)
+        state, update = tx.init(params), jax.jit(tx.update)
         for step in range(5):
             # Not tangential: the radial part has to be accounted for too.
             grads = jax.tree.map(lambda g, x: g + 0.1 * x, grad(params), params)
@@ -153,7 +153,7 @@ class TestEffectiveRate:
         """eta^e c_perp is the step that was made, with c_perp of the momentum in the state."""
         tx = so.track(TABLE[name](0.05, SPHERES, weight_decay=0.1), SPHERES)
         params = random_tree(1, dtype=jnp.float64)
-        state, update = tx.init(params), quick_jit(tx.update)
+        state, update = tx.init(params), jax.jit(tx.update)
         for seed in range(2, 6):
             grads = random_tree(seed, dtype=jnp.float64)
             updates, state = update(grads, state, params)
@@ -199,7 +199,7 @@ def test_equation_14_over_a_run(every):
     """From radius, angle and radial cosine of a step follows the radius of the next."""
     tx = so.track(optax.adamw(0.05, weight_decay=0.5), ON, every=every)
     grad, params = _rayleigh(0), _small(1)
-    state, update = tx.init(params), quick_jit(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(60):
         measured = int(state.calls) % every == 0
         updates, state = update(grad(params), state, params)
@@ -222,7 +222,7 @@ def test_every(make):
     always, seldom = so.track(make(), ON), so.track(make(), ON, every=4)
     params = _small(0, jnp.float32)
     states = [tx.init(params) for tx in (always, seldom)]
-    updates = [jax.jit(tx.update) for tx in (always, seldom)]
+    updates = [usual_jit(tx.update) for tx in (always, seldom)]
     last = None
     for call in range(1, 10):
         grads = _small(call, jnp.float32)
@@ -371,7 +371,7 @@ class TestState:
             for every in (1, 2):
                 tx = so.track(so.adam(0.1), so.Sphere(), every=every)
                 state = tx.init(params)
-                updates, after = quick_jit(tx.update)(params, state, params)
+                updates, after = jax.jit(tx.update)(params, state, params)
                 assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
                 assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
 
@@ -446,7 +446,7 @@ def test_never_pretends(tx, every):
     """What looks like Adam or SGD in its state, but does something else with it."""
     tracked = so.track(tx, ON, every=every)
     params = _small(0, jnp.float32)
-    state, update = tracked.init(params), quick_jit(tracked.update)
+    state, update = tracked.init(params), jax.jit(tracked.update)
     for seed in range(1, 5):
         updates, state = update(_small(seed, jnp.float32), state, params)
         before, params = params, optax.apply_updates(params, updates)
@@ -488,7 +488,7 @@ def test_not_from_the_direction_alone(tx):
     tracked = so.track(tx, so.Sphere())
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(16, 1)), jnp.float32)}
     grads = {"w": jnp.zeros((16, 1)).at[5].set(0.01)}
-    state, update = tracked.init(params), quick_jit(tracked.update)
+    state, update = tracked.init(params), jax.jit(tracked.update)
     for _ in range(3):
         _, state = update(grads, state, params)
         rate = state.effective_lr["w"]
@@ -500,7 +500,7 @@ def test_steps_that_are_not_finite():
     """They have moved, to nowhere: not 0, and the period is kept."""
     params = _small(0, jnp.float32)
     tx = so.track(optax.adam(0.1), ON, every=3)
-    state, update = tx.init(params), quick_jit(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update)
     steps = []
     for _ in range(4):
         _, state = update(jax.tree.map(lambda x: x * jnp.nan, params), state, params)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ..compiling import quick_jit
+from ..compiling import usual_jit
 from ..optimizers import SHAPES, SPHERES, TABLE, random_tree, types
 
 KERNEL = SHAPES["conv"]["kernel"]
@@ -32,7 +32,7 @@ def test_kept(name, dtype):
         params = random_tree(0, dtype=dtype)
         first = state = tx.init(params)
         for seed in (1, 2):
-            updates, state = quick_jit(tx.update)(random_tree(seed, dtype=dtype), state, params)
+            updates, state = jax.jit(tx.update)(random_tree(seed, dtype=dtype), state, params)
             assert types(updates) == types(params)
             assert types(state) == types(first)
             assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
@@ -52,7 +52,7 @@ def test_mixed_tree(name):
     tx = TABLE[name](0.01, SPHERES, weight_decay=0.1)
     first = tx.init(params)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), random_tree(1), params)
-    updates, state = quick_jit(tx.update)(grads, first, params)
+    updates, state = jax.jit(tx.update)(grads, first, params)
     assert types(updates) == types(params)
     assert types(state) == types(first)
 
@@ -64,7 +64,7 @@ def test_float32_gradients_of_half_precision_parameters(name):
     params, grads = random_tree(0, dtype=jnp.bfloat16), random_tree(1)
     tx = TABLE[name](0.01, SPHERES, weight_decay=0.1)
     first = tx.init(params)
-    updates, state = quick_jit(tx.update)(grads, first, params)
+    updates, state = jax.jit(tx.update)(grads, first, params)
     assert types(state) == types(first)
     assert types(updates) == types(params)
 
@@ -74,8 +74,8 @@ def test_half_precision_is_close_to_float32(name):
     tx = TABLE[name](0.1, SPHERES, weight_decay=0.1)
     half = random_tree(0, dtype=jnp.bfloat16), random_tree(1, dtype=jnp.bfloat16)
     full = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
-    actual, _ = quick_jit(tx.update)(half[1], tx.init(half[0]), half[0])
-    expected, _ = quick_jit(tx.update)(full[1], tx.init(full[0]), full[0])
+    actual, _ = jax.jit(tx.update)(half[1], tx.init(half[0]), half[0])
+    expected, _ = jax.jit(tx.update)(full[1], tx.init(full[0]), full[0])
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         error = np.linalg.norm(np.asarray(a, np.float64) - np.asarray(e, np.float64))
         # What is small of a matrix Muon makes large, and its error with it.
@@ -108,10 +108,10 @@ def test_mu_dtype(name):
     # One momentum for each parameter, and no more than that.
     assert [dtype for dtype, _ in changed] == [jnp.bfloat16] * len(changed)
     assert sorted(s for _, s in changed) == sorted(x.shape for x in jax.tree.leaves(params))
-    updates, state = quick_jit(tx.update)(random_tree(1), first, params)
+    updates, state = jax.jit(tx.update)(random_tree(1), first, params)
     assert types(state) == types(first)
     assert types(updates) == types(params)
-    expected, _ = quick_jit(plain.update)(random_tree(1), plain.init(params), params)
+    expected, _ = jax.jit(plain.update)(random_tree(1), plain.init(params), params)
     for a, e in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=0.02, atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_adam_is_optax_adam(dtype, jit):
         our_state, their_state = ours.init(params), theirs.init(params)
         update, expect = ours.update, theirs.update
         if jit:
-            update, expect = jax.jit(update), jax.jit(expect)
+            update, expect = usual_jit(update), usual_jit(expect)
         for seed in range(10):
             grads = random_tree(seed, dtype=dtype)
             actual, our_state = update(grads, our_state, params)

@@ -10,6 +10,8 @@ import pytest
 import spherical_optax as so
 from spherical_optax._transforms import first_moment
 
+from ..compiling import usual_jit
+
 
 @functools.cache
 def _resnet18():
@@ -53,7 +55,7 @@ def _step(make, weight_decay):
     params = _resnet18()
     tx = make(1e-3, _spheres(params), weight_decay=weight_decay)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(usual_jit, donate_argnums=(0, 1))
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state

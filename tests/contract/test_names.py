@@ -10,7 +10,6 @@ import pytest
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from ..optimizers import SPHERES, TABLE, random_tree
 
 REQUIRED = inspect.Parameter.empty
@@ -134,7 +133,7 @@ def test_variant(name):
     ends = []
     for make in (so.VARIANTS[name], TABLE[VARIANTS[name]]):
         tx, x = make(0.01, SPHERES, weight_decay=0.1), params
-        state, update = tx.init(x), quick_jit(tx.update)
+        state, update = tx.init(x), jax.jit(tx.update)
         for seed in (1, 2):
             updates, state = update(random_tree(seed), state, x)
             x = optax.apply_updates(x, updates)
@@ -151,7 +150,7 @@ def test_vmap(name):
     together, all_grads = (
         jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (members, grads)
     )
-    update = quick_jit(jax.vmap(tx.update))
+    update = jax.jit(jax.vmap(tx.update))
     actual, _ = update(all_grads, jax.vmap(tx.init)(together), together)
     for i, (params, g) in enumerate(zip(members, grads, strict=True)):
         expected, _ = tx.update(g, tx.init(params), params)

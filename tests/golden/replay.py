@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..compiling import usual_jit
 from . import recorded
 
 
@@ -35,7 +36,7 @@ def _compiled(factory, problem, grouping, leaves, jit, options):
     return run
 
 
-def case(factory, case, leaves=None, jit=jax.jit, **changes):
+def case(factory, case, leaves=None, jit=usual_jit, **changes):
     """Replays a recorded case.
 
     The hyper-parameters are arguments of the compiled function: one compilation serves all cases of

@@ -9,7 +9,6 @@ import pytest
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from ..optimizers import TABLE
 from . import reference, replay
 
@@ -100,7 +99,7 @@ def _compiled(kind):
     grads = jax.tree.map(jnp.asarray, _problem()[1])
 
     # Compiling is what takes the time here; the recorded cases are replayed with all optimisations.
-    @quick_jit
+    @jax.jit
     def run(params, lr, weight_decay):
         tx = OPTIMIZERS[kind](lambda k: lr[k], SPHERES, weight_decay=lambda k: weight_decay[k])
         return replay.scan(tx, params, lambda k, _: {n: g[k] for n, g in grads.items()}, STEPS)

@@ -7,7 +7,6 @@ import pytest
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from . import recorded
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -27,7 +26,7 @@ def _items(table):
 
 def test_transport():
     items = _items("transport")
-    moved = quick_jit(so.geometry.transport, static_argnums=3)(
+    moved = jax.jit(so.geometry.transport, static_argnums=3)(
         items["x1"], items["x2"], items["m"], WHOLE
     )
     assert len(moved) == 15

@@ -2,13 +2,13 @@
 
 import math
 
+import jax
 import numpy as np
 import optax
 import pytest
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from . import recorded, reference, replay
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -112,7 +112,7 @@ def test_released(name):
     case = recorded.CASES[name]
     factory = {"adamsrt": ADAMSRT, "adams": ADAMS, "adamg": ADAMG}[case["optimizer"]]
     tolerance = 1e-5 if case["hyper"]["eps"] == 1e-8 else 2e-3
-    _compare(replay.case(factory, case, jit=quick_jit), case, tolerance)
+    _compare(replay.case(factory, case, jit=jax.jit), case, tolerance)
 
 
 @pytest.mark.parametrize("name", recorded.ids("adams"))
@@ -123,7 +123,7 @@ def test_released_adams_with_its_own_eps(name):
         shape = recorded.start(case["problem"])[leaf].shape
         size = {"filter": math.prod(shape[:-1]), "layer": math.prod(shape), "element": 1}[grouping]
         eps = case["hyper"]["eps"] / math.sqrt(size)
-        actual = replay.case(ADAMS, case, leaves=(leaf,), jit=quick_jit, eps=eps)
+        actual = replay.case(ADAMS, case, leaves=(leaf,), jit=jax.jit, eps=eps)
         _compare(actual, case, 1e-11)
 
 

@@ -13,7 +13,6 @@ from flax.training.train_state import TrainState
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from ..optimizers import SPHERES, TABLE, random_tree
 
 P = jax.sharding.PartitionSpec
@@ -33,7 +32,7 @@ def _parts(name):
     """The optimizer and its compiled step."""
     tx = OPTIMIZERS[name](optax.cosine_decay_schedule(0.01, 20), SPHERES, weight_decay=0.1)
 
-    @quick_jit
+    @jax.jit
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -70,7 +69,7 @@ def test_flax_serialization(name):
     """`TrainState` by Flax's bytes, as in its examples."""
     tx, _ = _parts(name)
     make = functools.partial(TrainState.create, apply_fn=None, tx=tx)
-    step = quick_jit(lambda state, grads: state.apply_gradients(grads=grads))
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
     state = make(params=random_tree(0))
     for seed in (1, 2):
         state = step(state, random_tree(seed))
@@ -92,10 +91,12 @@ class Net(nnx.Module):
 def test_nnx(name, tmp_path):
     """Model and `nnx.Optimizer` together, into new ones."""
 
+    # The same object for both, because nnx compiles a step again for every other one.
+    spheres = so.spheres_where(nnx.state(Net(nnx.Rngs(0)), nnx.Param), "kernel")
+    tx = OPTIMIZERS[name](0.05, spheres, weight_decay=0.1)
+
     def make(seed):
         model = Net(nnx.Rngs(seed))
-        spheres = so.spheres_where(nnx.state(model, nnx.Param), "kernel")
-        tx = OPTIMIZERS[name](0.05, spheres, weight_decay=0.1)
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -128,7 +129,7 @@ def test_another_sharding(name, tmp_path):
     auto = (jax.sharding.AxisType.Auto,)
     meshes = {n: jax.make_mesh((n,), ("x",), auto, devices=jax.devices()[:n]) for n in (8, 1)}
     tx = OPTIMIZERS[name](0.01, ON, weight_decay=0.1)
-    step = quick_jit(lambda g, s, x: tx.update(g, s, x))
+    step = jax.jit(lambda g, s, x: tx.update(g, s, x))
 
     def placed(tree, mesh, axis):
         def place(x):

@@ -128,7 +128,7 @@ class TestNnx:
             return loss, grads
 
         losses = []
-        for _ in range(5):
+        for _ in range(3):
             loss, grads = step(model, optimizer)
             losses.append(float(loss))
             updates, state = plain.update(nnx.to_pure_dict(grads), state, params)

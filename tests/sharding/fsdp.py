@@ -6,14 +6,12 @@ import optax
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from ..optimizers import TABLE
 
 P = jax.sharding.PartitionSpec
 STEPS = 20
-STEPS_OF_TWO_PROCESSES = (
-    4  # every step sends its sums through sockets; `track` has measured by then
-)
+# Every step of two processes sends its sums through sockets; in four, `track` has measured.
+STEPS_OF_TWO_PROCESSES = 4
 TOLERANCE = {"muonh": 1e-5}  # its iteration multiplies rounding errors; 1e-6 for the others
 # leaf -> shape, sphere, partition
 LEAVES = {
@@ -36,6 +34,8 @@ OPTIMIZERS = {
 }
 OPTIMIZERS["track"] = lambda: so.track(optax.adamw(0.01), SPHERES)
 OPTIMIZERS["track, ours"] = lambda: so.track(so.adamsrt(0.01, SPHERES), SPHERES, every=3)
+# One for each kind of sum over groups or layers that they make.
+IN_TWO_PROCESSES = ("adamg", "adamst", "adamsrt", "adamp_guess", "adamh", "muonh", "track, ours")
 
 
 def values(seed):
@@ -71,8 +71,8 @@ def run(name, place, steps=STEPS):
 
     with jax.numpy_dtype_promotion("standard"):  # parts of Optax
         like = jax.eval_shape(tx.init, params)
-        state = quick_jit(tx.init, out_shardings=shardings(like))(params)
-        step = quick_jit(once, out_shardings=(shardings(params), shardings(like)))
+        state = jax.jit(tx.init, out_shardings=shardings(like))(params)
+        step = jax.jit(once, out_shardings=(shardings(params), shardings(like)))
         compiled = step.lower(params, state, params).compile()
     path = [params]
     for seed in range(1, steps + 1):

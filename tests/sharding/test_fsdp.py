@@ -82,7 +82,7 @@ from tests.sharding import fsdp
 assert (jax.process_count(), jax.device_count()) == (2, 8)
 mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 found = {}
-for name in fsdp.OPTIMIZERS:
+for name in fsdp.IN_TWO_PROCESSES:
     steps = fsdp.STEPS_OF_TWO_PROCESSES
     _, path = fsdp.run(name, lambda seed: fsdp.sharded(seed, mesh), steps)
     gathered = multihost_utils.process_allgather(path[-1], tiled=True)
@@ -92,6 +92,7 @@ if jax.process_index() == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -108,7 +109,7 @@ def test_two_processes(tmp_path):
     ]
     assert [worker.wait(timeout=1200) for worker in workers] == [0, 0]
     with np.load(out) as found:
-        for name in fsdp.OPTIMIZERS:
+        for name in fsdp.IN_TWO_PROCESSES:
             _, expected = run_on_one_device(name)
             for leaf, x in expected[fsdp.STEPS_OF_TWO_PROCESSES].items():
                 assert_close(found[f"{name}/{leaf}"], x, name)

@@ -10,7 +10,6 @@ import pytest
 
 import spherical_optax as so
 
-from ..compiling import quick_jit
 from ..optimizers import TABLE, types
 
 P = jax.sharding.PartitionSpec
@@ -64,8 +63,8 @@ def test_types_are_kept_and_numbers_are_those_of_one_device(name, mesh):
     tx = OPTIMIZERS[name](0.01, SPHERES, weight_decay=0.1)
     params = _sharded(0, mesh)
     first = state = tx.init(params)
-    assert types(quick_jit(tx.init)(params)) == types(first)
-    update = quick_jit(tx.update)
+    assert types(jax.jit(tx.init)(params)) == types(first)
+    update = jax.jit(tx.update)
     for seed in (1, 2):
         updates, state = update(_sharded(seed, mesh), state, params)
         assert types(state) == types(first)
@@ -73,11 +72,13 @@ def test_types_are_kept_and_numbers_are_those_of_one_device(name, mesh):
 
     with jax.set_mesh(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])):
         params = jax.tree.map(jnp.asarray, _values(0))
-        state, update = tx.init(params), quick_jit(tx.update)
+        state, update = tx.init(params), jax.jit(tx.update)
         for seed in (1, 2):
             expected, state = update(jax.tree.map(jnp.asarray, _values(seed)), state, params)
     # An update that retracts is a difference of parameters, and rounded like them.
     rounding = 1e-6 if name in TABLE and TABLE[name].keeps_radius else 1e-7
+    # What is small of a matrix Muon makes large, and its rounding with it.
+    rounding = 1e-5 if name == "muonh" else rounding
     for layout in LAYOUTS:
         np.testing.assert_allclose(
             updates[layout], expected[layout], rtol=2e-5, atol=rounding, err_msg=layout
