@@ -124,8 +124,8 @@ def _run(step, tx, steps=STEPS):
     return params, state, history
 
 
-# One for each kind of state that `track` treats in its own way. With and without `track` are two programs
-# here, with all optimisations; the test below has all optimizers, and both in one program.
+# One for each kind of state that `track` treats in its own way. With `track` and without are two
+# programs here, with all optimisations. The test below has all optimizers, and both in one program.
 KINDS = (
     "adam",
     "noisy_sgd",  # a key
