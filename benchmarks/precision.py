@@ -1,7 +1,7 @@
 """How far this device's numbers are from float64, for all that the package does, beside a CPU's.
 
     python -m benchmarks.precision [--only NAME ...] [--out FILE.json]
-    python -m benchmarks.precision --record
+    python -m benchmarks.precision --record [--only NAME ...]
 
     deviation = ||x - ref|| / max(||ref||, s sqrt(n)), the largest over all arrays, of n entries
     passes where deviation <= max(4 x the CPU's, a floor)
@@ -12,7 +12,8 @@ that are zero but for rounding; for others it is 0. The reference is recorded on
 float64, or in float32 for the losses of training and the verdicts on spheres. Matrix products have the
 highest precision. Rows that say "default" are the exception: a GPU computes their products in TF32,
 and they are judged by the floor for TF32. measuring/precision_cases.py explains the floors. The exit
-status is 1 if a row fails; an error in one case leaves the other cases alone.
+status is 1 if a row fails; an error in one case leaves the other cases alone. `--record --only` keeps
+what is recorded of the other cases.
 """
 
 import contextlib
@@ -110,9 +111,12 @@ def measure(
 # --- the reference ----------------------------------------------------------------------------
 
 
-def record() -> dict[str, Any]:
-    """Writes the reference and the CPU's deviations, unless a case fails."""
-    chosen = list_cases()
+def record(only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Writes the reference and the CPU's deviations, of all cases or of some, unless a case fails."""
+    known = list_cases()
+    chosen = {name: known[name] for name in only or known}
+    before = load()[1] if only else {"rows": []}
+    rows = {what: row for case in chosen.values() for what, row in case.rows.items()}
     jobs = {
         (name, case.reference): case
         for name, case in chosen.items()
@@ -120,6 +124,9 @@ def record() -> dict[str, Any]:
     }
     found = run_all(jobs)
     arrays: dict[str, Any] = {"checksum": np.uint32(compute_checksum())}
+    if only:
+        with np.load(io.BytesIO(REFERENCE.read_bytes())) as file:
+            arrays |= {key: file[key] for key in file.files if key.partition("|")[0] not in rows}
     for (name, _), values in found.items():
         if isinstance(values, str):
             raise RuntimeError(f"{name}: {values}")
@@ -130,8 +137,19 @@ def record() -> dict[str, Any]:
     np.savez_compressed(partial, **arrays)
     partial.replace(REFERENCE)
     content = {"command": f"{COMMAND} --record"} | measure(chosen, load_reference(), None)
+    if only:
+        content = merge(before, content, [what for case in known.values() for what in case.rows])
     report.write_json(CPU, content)
     return content
+
+
+def merge(
+    before: Mapping[str, Any], content: Mapping[str, Any], order: Sequence[str]
+) -> dict[str, Any]:
+    """The content recorded `before` with the rows of `content`, which name their own environment."""
+    rows = {row["what"]: row for row in before["rows"]}
+    rows |= {row["what"]: row | {"environment": content["environment"]} for row in content["rows"]}
+    return {**before, "rows": [rows[what] for what in order if what in rows]}
 
 
 def load_reference() -> dict[str, dict[str, np.ndarray]]:
@@ -195,13 +213,13 @@ def make_parser(names: Sequence[str]) -> Parser:
 
 
 def record_here(parser: Parser, args: Namespace) -> dict[str, Any]:
-    if args.only or args.out:
-        parser.error("--record: records everything, where it belongs; no other option")
+    if args.out:
+        parser.error("--record: records where it belongs; no --out")
     if (platform := jax.default_backend()) != "cpu":
         parser.error(f"--record: the reference is recorded on a CPU, and this is a {platform}")
     try:
-        content = record()
-    except RuntimeError as error:
+        content = record(args.only)
+    except (RuntimeError, ValueError) as error:
         parser.exit(1, f"error: nothing recorded: {error}\n")
     print(f"written: {REFERENCE}\nwritten: {CPU}")
     return content

@@ -88,7 +88,10 @@ def write_result(args: Namespace, values: recipes.Hyperparameters, result: repor
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    values = choose_values(args)
+    try:
+        values = choose_values(args)
+    except ValueError as error:
+        parser.error(str(error))
     parser.require_writable(args.out, args.out)
     try:
         trainer = make_trainer(

@@ -19,7 +19,8 @@ class Row:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     unit_radius: bool = False  # retracts to the unit sphere
     keeps_radius: bool = False  # retracts to whatever radius there is
-    elementwise: bool = False  # divides element-wise on the spheres too
+    # Not a multiple of the momentum in each group: a division or a sign, element by element.
+    elementwise: bool = False
     has_mu: bool = True  # keeps a momentum, of dtype mu_dtype
     couples: bool = False  # the steps of a group depend on other groups of its array
 

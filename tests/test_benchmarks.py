@@ -247,6 +247,8 @@ def test_every_method_has_published_or_borrowed_values():
             assert values.learning_rate > 0
             assert values.weight_decay >= 0
     assert recipes.get_hyperparameters("cifar100", "resnet18", "adamst") == (1e-3, 0.999, 0.0)
+    with pytest.raises(ValueError, match="signum: no hyper-parameters; add it to LEARNING_RATES"):
+        recipes.get_hyperparameters("cifar10", "vgg16", "signum")
 
 
 # --- training loop ----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _run(tx, sphere=None):
 
 
 def test_the_table_is_there():
-    assert len(LINES) == 10
+    assert len(LINES) >= 10
     assert set(SAME) < set(LINES)
 
 

@@ -208,8 +208,11 @@ def test_committed():
     assert "jax-cuda13-plugin" in content["environment"]
     assert list(content["models"]) == models
     found = {name: model["optimizers"] for name, model in content["models"].items()}
+    # All that were there when the table was made. A new optimizer may wait for the next recording.
+    present = list(kernels.make_optimizers(None, 0.0))
     for rows in found.values():
-        assert list(rows) == list(kernels.make_optimizers(None, 0.0))
+        assert list(rows) == [name for name in present if name in rows]
+        assert {"so.adam", "so.adams", "so.adamst", "so.adamsrt", "so.adamg"} < rows.keys()
         assert all(sum(row["kinds"].values()) == row["kernels"] for row in rows.values())
     # The floor is a kernel for every array, and reads two arrays and writes one.
     for name, listed in parameters.LISTED.items():

@@ -188,7 +188,12 @@ def select_injected(values: Hyperparameters) -> dict[str, float]:
 def get_hyperparameters(dataset: str, model: str, optimizer: str) -> Hyperparameters:
     """The paper's values; combinations that it did not train get those of CIFAR-10, ResNet20."""
     column = _SEARCHED.get((dataset, model), _SEARCHED[_DEFAULT_COLUMN])
-    b2, weight_decay = column[_SAME_AS.get(optimizer, optimizer)]
+    relative = _SAME_AS.get(optimizer, optimizer)
+    if optimizer not in LEARNING_RATES or relative not in column:
+        raise ValueError(
+            f"{optimizer}: no hyper-parameters; add it to LEARNING_RATES and _SAME_AS in {__name__}"
+        )
+    b2, weight_decay = column[relative]
     return Hyperparameters(LEARNING_RATES[optimizer], b2, weight_decay)
 
 

@@ -26,9 +26,12 @@ def is_zero(x: Any) -> jax.Array:
     return jnp.abs(x) < float(jnp.finfo(x.dtype).tiny)
 
 
-def divide_or_zero(a: Any, b: Any) -> jax.Array:
-    """Computes a / b, or 0 where b is zero: a group of radius zero has no direction."""
-    return jnp.where(is_zero(b), 0.0, a / _replace_zero(b))
+def divide_or_zero(a: Any, b: Any, zero: float = 0.0) -> jax.Array:
+    """Computes a / b, or 0 where b is zero: a group of radius zero has no direction.
+
+    Where the result does not leave a step, `zero` may be `compiler_hints.OTHER_ZERO`.
+    """
+    return jnp.where(is_zero(b), zero, a / _replace_zero(b))
 
 
 def divide_or_one(a: Any, b: Any) -> jax.Array:
@@ -59,10 +62,10 @@ def divide_arrays(a: jax.Array, b: jax.Array) -> jax.Array:
     return a / jnp.where(is_zero(b), jnp.full_like(b, jnp.inf), b)
 
 
-def sqrt(x: jax.Array) -> jax.Array:
+def sqrt(x: jax.Array, zero: float = 0.0) -> jax.Array:
     """Computes the square root of a sum of squares; at zero, it and its gradient are 0."""
-    zero = is_zero(x) | (x < 0)  # rounding may leave a negative sum
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+    nothing = is_zero(x) | (x < zero)  # rounding may leave a negative sum
+    return jnp.where(nothing, zero, jnp.sqrt(jnp.where(nothing, 1.0, x)))
 
 
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._core.compiler_hints import depend_on
+from spherical_optax._core.compiler_hints import OTHER_ZERO, depend_on
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.projection import remove_radial
@@ -130,7 +130,7 @@ def _restore_length(
     point. Both lengths follow from ||m||^2 and the radial part of m at the point. If m is radial to
     working precision, the difference is rounding noise, and the factor is 1.
     """
-    radial_now = divide_or_zero(mx, sqrt(xx))
+    radial_now = divide_or_zero(mx, sqrt(xx, OTHER_ZERO), OTHER_ZERO)
     old, new = mm - radial_before * radial_before, mm - radial_now * radial_now
     rounding = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
     known = (old > rounding) & (new > rounding) & ~is_zero(xx)
@@ -139,8 +139,8 @@ def _restore_length(
 
 def _radial_part(gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
     """<g + lambda x, u> = <g, x> / r + lambda r."""
-    r = sqrt(xx)
-    radial = divide_or_zero(gx, r)
+    r = sqrt(xx, OTHER_ZERO)
+    radial = divide_or_zero(gx, r, OTHER_ZERO)
     return radial if l2 is None else radial + as_dtype(l2, r.dtype) * r
 
 

@@ -14,6 +14,7 @@ from spherical_optax._core.arguments import (
     is_constant_zero,
     require_constant_decay,
 )
+from spherical_optax._core.compiler_hints import OTHER_ZERO
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
@@ -115,7 +116,7 @@ def second_moment(rrv: OfGroups, squares: OfGroups, xx: OfGroups, *, decay: Any)
     """
     decay, gain = as_dtype(decay, rrv.dtype), as_dtype(1 - decay, rrv.dtype)
     # A group of radius zero starts afresh. Earlier versions stored a negative number for such a group.
-    rrv = jnp.where(is_zero(xx) | (rrv < 0), 0.0, rrv)
+    rrv = jnp.where(is_zero(xx) | (rrv < OTHER_ZERO), OTHER_ZERO, rrv)
     return decay * rrv + gain * _multiply_bounded(_replace_zero_radius(xx), squares)
 
 
