@@ -3,28 +3,18 @@
 import re
 
 import jax
-import optax
 import pytest
 
 import spherical_optax as so
 from spherical_optax._core import projection
 from spherical_optax._transforms import first_moment, second_moment
 
-from ..compiling import usual_jit
-from .test_memory import _resnet18, _spheres
+from .test_memory import _step
 
 
 def _count_neighbours(make):
     """Pairs of successive sums over one kernel: how many are neighbours in the schedule, and not."""
-    params = _resnet18()
-    tx = make(1e-3, _spheres(params))
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.eval_shape(tx.init, params)
-    program = usual_jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    program = _step(make, weight_decay=0.0).compile()
     kernels, last, near, far, place = set(), {}, 0, 0, 0
     lines = program.as_text().partition("\nENTRY")[2].splitlines()
     for line in lines:
