@@ -3,6 +3,7 @@
 import reprlib
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 
@@ -27,13 +28,24 @@ def reject_schedule(
 
 
 def require_constant_decay(caller: str, value: Any) -> Any:
-    """Returns the rate of decay, and raises if it is a schedule: Optax accepts none either."""
-    return reject_schedule(
+    """Returns the rate of decay, and raises if it is a schedule: Optax accepts none either.
+
+    A rate in low precision is refused too: 0.999 in bfloat16 is 1, and the step NaN.
+    """
+    reject_schedule(
         caller,
         value,
         "for a schedule of a rate of decay, write "
         "optax.inject_hyperparams(so.adamp, static_args='spheres')(1e-3, spheres, b1=schedule)",
     )
+    dtype = jnp.result_type(value)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise ValueError(
+            f"{caller}: the rate of decay is {dtype}, in which 0.999 is no other number than 1. "
+            "optax.inject_hyperparams takes the dtype of the parameters: give it "
+            "hyperparam_dtype=jnp.float32"
+        )
+    return value
 
 
 def is_constant_zero(value: Any) -> bool:

@@ -11,8 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from spherical_optax._core.boxes import (
+    box_like,
+    is_end,
+    open_box,
+    put_in_box,
+    put_in_box_per_group,
+    to_dictionaries,
+)
+from spherical_optax._core.paths import Path, leaves_with_paths
 from spherical_optax._core.safe_math import upcast
-from spherical_optax._core.shapes import Params, PerGroup
+from spherical_optax._core.shapes import Params, PerGroup, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,17 @@ class ArrayGroups:
     def summed(self) -> tuple[int, ...]:
         """The axes that are no index axes."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.axes)
+
+    @property
+    def group_shape(self) -> Shape:
+        """The shape of one number per group: the counts, and 1 on the summed axes (keepdims)."""
+        counts = dict(zip(self.axes, self.counts, strict=True))
+        return tuple(counts.get(axis, 1) for axis in range(len(self.shape)))
+
+    @property
+    def uncut(self) -> tuple[int, ...]:
+        """The axes that one number per group has in common with the array: no blocks, no sums."""
+        return tuple(axis for axis in self.axes if self.group_shape[axis] == self.shape[axis])
 
     def sum(self, x: jax.Array) -> jax.Array:
         """The sum of x over each group, with the axes of x (the keepdims shape)."""
@@ -100,16 +120,21 @@ def _has_explicit_mesh(x: jax.Array) -> bool:
 class Groups:
     """Spheres matched with the leaves of a tree: all other modules compute with these.
 
-    A "group-sized" tree holds one number per group. It has the structure of the parameters, its leaves
-    have keepdims shapes, and it holds None in place of the leaves off the spheres.
+    A "group-sized" tree holds one number per group. It has the structure of the parameters without boxes
+    (see `boxes`), its leaves have keepdims shapes, and it holds None in place of the leaves off the
+    spheres.
 
     Attributes:
-      treedef: the structure of the parameters.
+      treedef: the structure of the parameters without boxes; a None is a leaf.
+      paths: the path of each leaf.
+      shapes: the shape of each leaf; None for a leaf that is None.
       leaves: how each leaf splits into groups; None for a leaf off the spheres.
       ties: for each tie, the indices of the leaves that form their spheres together.
     """
 
     treedef: Any
+    paths: list[Path]
+    shapes: list[Shape | None]
     leaves: list[ArrayGroups | None]
     ties: list[list[int]]
 
@@ -119,7 +144,8 @@ class Groups:
         Optimizers treat such leaves element by element, like leaves off the spheres.
         """
         leaves = [None if leaf is None or leaf.size < 2 else leaf for leaf in self.leaves]
-        return Groups(self.treedef, leaves, [t for t in self.ties if leaves[t[0]] is not None])
+        ties = [tie for tie in self.ties if leaves[tie[0]] is not None]
+        return dataclasses.replace(self, leaves=leaves, ties=ties)
 
     def parts(self) -> list[tuple[list[int], "Groups"]]:
         """The indices of each tie, or of each single leaf on spheres, and a `Groups` of it alone.
@@ -133,6 +159,8 @@ class Groups:
                 where,
                 Groups(
                     jax.tree.structure([0] * len(where)),
+                    [self.paths[i] for i in where],
+                    [self.shapes[i] for i in where],
                     [self.leaves[i] for i in where],
                     [list(range(len(where)))] if len(where) > 1 else [],
                 ),
@@ -140,12 +168,25 @@ class Groups:
             for where in sorted([*alone, *self.ties])
         ]
 
+    def list_leaves(self, tree: Any) -> list[Any]:
+        """The leaves of a tree like the parameters, taken out of their boxes."""
+        return list(map(open_box, self._list_boxes(tree)))
+
+    def _list_boxes(self, tree: Any) -> list[Any]:
+        """The leaves of a tree like the parameters, in their boxes."""
+        return self.treedef.flatten_up_to(to_dictionaries(tree))
+
     def _zip_leaves(self, trees: Sequence[Any]):
         """(how the leaf splits, its entry in each of the trees), leaf by leaf."""
-        return zip(self.leaves, *(self.treedef.flatten_up_to(tree) for tree in trees), strict=True)
+        return zip(self.leaves, *map(self.list_leaves, trees), strict=True)
 
-    def _unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """A tree like the parameters, without boxes."""
         return jax.tree.unflatten(self.treedef, leaves)
+
+    def _unflatten_like(self, tree: Any, leaves: Sequence[Any]) -> Any:
+        """A tree like the parameters, in boxes like those of `tree`."""
+        return box_like(tree, self.unflatten(leaves))
 
     def sum(self, f: Callable[..., jax.Array], *trees: Any) -> PerGroup:
         """Group-sized sum of f(*leaves) over each group, in at least float32."""
@@ -160,7 +201,7 @@ class Groups:
             total = functools.reduce(operator.add, (part.astype(widest) for part in parts))
             for (i, leaf), part in zip(tied, parts, strict=True):
                 sums[i] = leaf.from_counts(total).astype(part.dtype)
-        return self._unflatten(sums)
+        return self.unflatten(sums)
 
     def map(
         self,
@@ -171,7 +212,10 @@ class Groups:
     ) -> Any:
         """`map_arrays`, whose results are brought to the dtypes of `tree`."""
         return self.map_arrays(
-            lambda x, *others: f(upcast(x), *others).astype(x.dtype), tree, *rest, off=off
+            lambda x, *others: f(upcast(x), *others).astype(jnp.result_type(x)),
+            tree,
+            *rest,
+            off=off,
         )
 
     def map_arrays(
@@ -193,46 +237,89 @@ class Groups:
                 return off(x, *others)
             return f(x, *(leaf.spread(upcast(y)) for y in others))
 
-        return self._unflatten([apply(*entries) for entries in self._zip_leaves((tree, *rest))])
+        return self._unflatten_like(
+            tree, [apply(*entries) for entries in self._zip_leaves((tree, *rest))]
+        )
 
     def map_per_group(
         self, f: Callable[..., Any], *trees: Any, off: Callable[..., Any] = lambda *_: None
     ) -> Any:
         """Applies f to the leaves of group-sized trees, and `off` to their entries off the spheres."""
         leaves = self._zip_leaves(trees)
-        return self._unflatten([(off if leaf is None else f)(*xs) for leaf, *xs in leaves])
+        return self.unflatten([(off if leaf is None else f)(*xs) for leaf, *xs in leaves])
 
     def mean(self, sums: PerGroup) -> PerGroup:
         """Divides group-sized sums by the number of coordinates of each group."""
         leaves = self._zip_leaves((sums,))
-        return self._unflatten(
-            [None if leaf is None else s / max(leaf.size, 1) for leaf, s in leaves]
+        return self.unflatten(
+            [None if leaf is None else s / max(float(leaf.size), 1.0) for leaf, s in leaves]
         )
 
     def choose(self, on: Any, off: Any) -> Any:
         """The tree with the leaves of `on` on the spheres and the leaves of `off` elsewhere."""
         leaves = self._zip_leaves((on, off))
-        return self._unflatten([b if leaf is None else a for leaf, a, b in leaves])
+        return self.unflatten([b if leaf is None else a for leaf, a, b in leaves])
 
-    def as_state(self, scalars: PerGroup, before: Any = None) -> Any:
-        """A group-sized tree as optimizer state, with a zero in place of every None.
+    def make_state(
+        self,
+        values: PerGroup,
+        params: Params,
+        off: Callable[[Any], Any] = lambda _: jnp.zeros((), jnp.float32),
+    ) -> Any:
+        """A group-sized tree as a new optimizer state, which has the structure of the parameters.
 
-        The zeros keep the structure of the parameters. Given the state `before`, they are its zeros.
+        In place of every None there is `off` of the parameter. In boxes, mesh axes are named on the
+        axes that a number per group has in common with its array, and on no others.
         """
-        if before is None:
-            return self.map_per_group(
-                lambda s: s, scalars, off=lambda _: jnp.zeros((), jnp.float32)
-            )
-        return self.map_per_group(lambda s, _: s, scalars, before, off=lambda _, b: b)
 
-    def zeros_per_group(self, params: Params) -> Any:
-        """A zero per group, as optimizer state.
+        def make(leaf: ArrayGroups | None, shape: Shape | None, box: Any, value: Any) -> Any:
+            if leaf is not None:
+                return put_in_box_per_group(box, value, leaf.uncut)
+            found = off(open_box(box))
+            return found if found is None or found.shape != shape else put_in_box(box, found)
+
+        boxes, leaves = self._list_boxes(params), self.list_leaves(values)
+        return self.unflatten(list(map(make, self.leaves, self.shapes, boxes, leaves)))
+
+    def make_zeros(self, params: Params, **options: Any) -> Any:
+        """A zero per group, as a new optimizer state.
 
         Zeros are summed rather than made: shape, dtype and sharding are then those of later sums.
         """
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return self.as_state(self.sum(lambda x: x, zeros))
+        sums = self.sum(lambda x: x, jax.tree.map(jnp.zeros_like, params))
+        return self.make_state(sums, params, **options)
 
-    def off(self) -> Any:
-        """True on the leaves off the spheres: a mask for `optax.masked`."""
-        return self._unflatten([leaf is None for leaf in self.leaves])
+    def read_state(self, field: str, state: Any, *, full: bool = False) -> Any:
+        """The numbers per group in a state; off the spheres, its entries as they are.
+
+        A state that was made for other spheres might broadcast without a word: it is refused.
+
+        Args:
+          field: the name of the field, for the error.
+          state: the tree of the state, which is not in boxes.
+          full: whether its entries off the spheres have the shapes of the parameters.
+        """
+        found = dict(leaves_with_paths(state, lambda x: x is None)[0])
+        for path, shape, leaf in zip(self.paths, self.shapes, self.leaves, strict=True):
+            if shape is None:  # no update: the state stays as it is
+                continue
+            expected = (shape if full else ()) if leaf is None else leaf.group_shape
+            if path not in found or (
+                found[path] is not None and jnp.shape(found[path]) != expected
+            ):
+                has = f"shape {jnp.shape(found[path])}" if path in found else "no entry"
+                raise ValueError(
+                    f"{field} of the state has {has} for the parameter {'/'.join(path)!r} of shape "
+                    f"{shape}, where the spheres give {expected}: the state was made with other spheres "
+                    "or parameters. Take the spheres that it was made with, or a new state from init"
+                )
+        return self.unflatten([found.get(path) for path in self.paths])
+
+    def keep_off(self, values: PerGroup, before: Any) -> Any:
+        """The new state with these numbers per group, and the entries of `before` off the spheres."""
+        return self.map_per_group(lambda s, _: s, values, before, off=lambda _, b: b)
+
+    def label(self, tree: Any, f: Callable[[ArrayGroups | None], Any]) -> Any:
+        """f of how each leaf splits, in the containers of `tree`: for `optax.masked` and the like."""
+        treedef = jax.tree.structure(tree, is_leaf=is_end)
+        return jax.tree.unflatten(treedef, map(f, self.leaves))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spherical_optax._core.boxes import is_end, to_dictionaries
 from spherical_optax._core.groups import ArrayGroups, Groups
 from spherical_optax._core.paths import Path, join_paths, leaves_with_paths
 from spherical_optax._core.sphere import Sphere, Spheres
@@ -86,27 +87,33 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     """
     if isinstance(spheres, Groups):
         return spheres
-    leaves, treedef = leaves_with_paths(tree, lambda x: x is None)
+    leaves, _ = leaves_with_paths(tree, lambda x: x is None)
     chosen = assign_specs(spheres, tree)
     split = [
         None if (spec := chosen[path]) is None else _split_array("/".join(path), spec, leaf)
         for path, leaf in leaves
     ]
     tied, ties = _tie_arrays(chosen, split)
-    return Groups(treedef, tied, ties)
+    treedef = jax.tree.structure(to_dictionaries(tree), is_leaf=is_end)
+    shapes = [None if leaf is None else jnp.shape(leaf) for _, leaf in leaves]
+    return Groups(treedef, [path for path, _ in leaves], shapes, tied, ties)
+
+
+def is_asked(spheres: Any) -> bool:
+    """Whether `spheres` is a function of the parameters: a module of spheres is callable too."""
+    return callable(spheres) and jax.tree_util.all_leaves([spheres])
 
 
 def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
     if spheres is Sphere:
         raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
-    # An Equinox module of spheres is callable too, but it is a tree and no leaf.
-    if callable(spheres) and jax.tree_util.all_leaves([spheres]):
-        spheres = spheres(tree)
     leaves, _ = leaves_with_paths(tree, lambda x: x is None)
     # There are no arrays: the tree is empty, or the placeholder of `optax.tree.map_params`.
     if all(leaf is None for _, leaf in leaves):
         return {path: None for path, _ in leaves}
+    if is_asked(spheres):
+        spheres = spheres(tree)
     specs = dict(leaves_with_paths(spheres, _is_spec)[0])
     for path, spec in specs.items():
         if not _is_spec(spec):
@@ -162,9 +169,11 @@ def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: An
     def is_hole(x: Any) -> bool:
         return not jax.tree.leaves(x)
 
-    holes = [path for path, x in leaves_with_paths(tree, is_hole)[0] if is_hole(x)]
+    # Sets of beginnings, because there may be thousands of holes: `optax.masked` makes one per array.
+    holes = {path for path, x in leaves_with_paths(tree, is_hole)[0] if is_hole(x)}
+    above = {hole[:n] for hole in holes for n in range(len(hole) + 1)}
     for path in extra:
-        if not any(path[: len(hole)] == hole or hole[: len(path)] == path for hole in holes):
+        if path not in above and not any(path[:n] in holes for n in range(len(path) + 1)):
             raise ValueError(
                 f"spheres: {specs[path]} at {'/'.join(path)!r}, where there is no parameter; the "
                 f"parameters are {join_paths(paths)}"

@@ -4,7 +4,10 @@ import collections
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from spherical_optax._core.boxes import is_box, open_box, to_dictionaries
 
 Path = tuple[str, ...]
 
@@ -14,10 +17,12 @@ def leaves_with_paths(
 ) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree with their paths, and its structure.
 
-    A trailing `.value` without siblings is dropped: `nnx.Optimizer` calls `init` with Flax variables and
-    `update` with bare arrays, and a parameter must have the same path both times.
+    A parameter has one path in all trees: a box around it (see `boxes`) is no level of the path, and
+    neither is a trailing `.value` without siblings, which older versions of Flax add.
     """
-    flat, treedef = tree_flatten_with_path(tree, is_leaf=is_leaf)
+    flat, _ = tree_flatten_with_path(
+        to_dictionaries(tree), is_leaf=lambda x: is_leaf(x) or is_box(x)
+    )
     children = collections.Counter(path[:-1] for path, _ in flat)
 
     def to_strings(path) -> Path:
@@ -26,7 +31,9 @@ def leaves_with_paths(
             path = path[:-1]
         return tuple(keystr((key,), simple=True) for key in path)
 
-    return [(to_strings(path), leaf) for path, leaf in flat], treedef
+    leaves = [(to_strings(path), open_box(leaf)) for path, leaf in flat]
+    treedef = jax.tree.structure(tree, is_leaf=is_leaf)
+    return [(path, x) for path, x in leaves if x is not None or is_leaf(x)], treedef
 
 
 def join_paths(paths: Any) -> str:

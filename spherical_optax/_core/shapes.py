@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 Scalar = optax.ScalarOrSchedule
 Transformation = optax.GradientTransformationExtraArgs
 
+Shape = tuple[int, ...]
 Params = Any  # tree of parameter arrays x, or of vectors at x
 PerGroup = Any  # tree like the parameters: `OfGroups` on the spheres, None elsewhere
 

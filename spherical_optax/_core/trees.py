@@ -53,11 +53,18 @@ def add_decay(updates: Any, params: Any, l2: Any) -> Any:
     if l2 is None:
         return updates
     return jax.tree.map(
-        lambda g, x: None if g is None else g + as_dtype(l2, jnp.result_type(x)) * x,
+        lambda g, x: None if g is None else _add(g, as_dtype(l2, jnp.result_type(x)) * x),
         updates,
         require_params(params),
         is_leaf=lambda x: x is None,
     )
+
+
+def _add(g: Any, y: Any) -> jax.Array:
+    """g + y in the wider of the two dtypes."""
+    g, y = jnp.asarray(g), jnp.asarray(y)
+    dtype = g.dtype if g.dtype.itemsize >= y.dtype.itemsize else y.dtype
+    return g.astype(dtype) + y.astype(dtype)
 
 
 def drop_missing(updates: Any, values: Any) -> Any:
@@ -77,3 +84,8 @@ def cast_like(tree: Any, like: Any) -> Any:
         like,
         is_leaf=lambda x: x is None,
     )
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether this is what `optax.tree.map_params` hands to `init` in place of parameters."""
+    return type(params).__name__ == "_ParamsPlaceholder"

@@ -8,6 +8,7 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
+from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
@@ -75,7 +76,7 @@ def _scale_by_mirrored_radius(
     """
 
     def init(params):
-        radius = match(spheres, params).with_tangent_space().zeros_per_group(params)
+        radius = match(spheres, params).with_tangent_space().make_zeros(params)
         return MirroredRadiusState(jnp.zeros([], jnp.int32), radius)
 
     def update(updates, state, params=None, **extra_args):
@@ -89,6 +90,8 @@ def _scale_by_mirrored_radius(
             if g is None:
                 return None
             dtype = jnp.result_type(x)
+            if not jnp.issubdtype(dtype, jnp.inexact):  # a mask or a count among the parameters
+                return jnp.zeros_like(x)
             return -as_dtype(eta, dtype) * (as_dtype(g, dtype) + as_dtype(decay, dtype) * x)
 
         def start_at_parameters(s, xx):
@@ -102,7 +105,8 @@ def _scale_by_mirrored_radius(
             q, gain = as_dtype(shrink, s.dtype), jnp.asarray(2**0.5, s.dtype)
             return q * hypot(q * s, gain * as_dtype(eta, s.dtype) * r * g)
 
-        mirrored = groups.map_per_group(start_at_parameters, state.radius_squared, square)
+        before = groups.read_state("radius_squared", state.radius_squared)
+        mirrored = groups.map_per_group(start_at_parameters, before, square)
         rate = groups.map_per_group(compute_rate, mirrored, square)
         following = groups.map_per_group(
             follow_radius, mirrored, geometry.norm(params, groups), geometry.norm(updates, groups)
@@ -111,6 +115,6 @@ def _scale_by_mirrored_radius(
             lambda x, g, rate: -rate * g, params, updates, rate, off=step_off_spheres
         )
         count = optax.safe_increment(state.count)
-        return updates, MirroredRadiusState(count, groups.as_state(following, state.radius_squared))
+        return updates, MirroredRadiusState(count, groups.keep_off(following, before))
 
-    return Transformation(init, update)
+    return Transformation(init, with_open_boxes(update))

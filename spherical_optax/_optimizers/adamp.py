@@ -8,6 +8,7 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._core.arguments import get_weight_decay, is_constant_zero, require_params
+from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_zero, sqrt
@@ -204,7 +205,9 @@ def _remove_radial_part(
         else:
             groups = match(spheres, steps).with_tangent_space()
             steps = geometry.project(params, steps, groups)
-            decay_factors = jax.tree.map(lambda off: 1.0 if off else guess.wd_ratio, groups.off())
+            decay_factors = groups.label(
+                steps, lambda leaf: 1.0 if leaf is None else guess.wd_ratio
+            )
         if into_trace:
             inner = inner._replace(trace=_fill_missing(steps, inner.trace))
         steps = cast_like(steps, params)
@@ -220,7 +223,7 @@ def _remove_radial_part(
         count = optax.safe_increment(state.count)
         return steps, TangentialState(count, inner)
 
-    return Transformation(init, update)
+    return Transformation(init, with_open_boxes(update))
 
 
 def _project_guessed(grads: Any, steps: Any, params: Any, guess: Guess) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import upcast
@@ -216,7 +217,8 @@ def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:
     `orthogonalize_via_newton_schulz`.
     """
 
-    def update(updates, params):
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
         muon = scale_by_muon(
             beta=0.0,
             nesterov=False,
@@ -226,9 +228,11 @@ def _orthogonalize(spheres: Spheres) -> optax.GradientTransformation:
         whole = jax.tree.map(lambda x: replicate(upcast(x)), updates)
         with jax.numpy_dtype_promotion("standard"):
             found, _ = muon.update(whole, muon.init(whole))
-        return cast_like(jax.tree.map(lambda x, y: reshard_like(y, x), updates, found), params)
+        found = jax.tree.map(lambda x, y: reshard_like(y, x), updates, found)
+        return cast_like(found, params), state
 
-    return optax.stateless(update)
+    init = optax.identity().init
+    return optax.GradientTransformationExtraArgs(init, with_open_boxes(update))
 
 
 def _find_matrices(spheres: Spheres, tree: Any) -> Any:
@@ -244,4 +248,4 @@ def _find_matrices(spheres: Spheres, tree: Any) -> Any:
 
     # Without `with_tangent_space`: it depends on ties, and a mask may have removed tied leaves.
     groups = match(spheres, tree)
-    return jax.tree.unflatten(groups.treedef, [find_matrix(leaf) for leaf in groups.leaves])
+    return groups.label(tree, find_matrix)

@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
+from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.moments import Moments
@@ -54,7 +55,9 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         groups = match(spheres, updates).with_tangent_space()
         return cast_like(geometry.project(require_params(params), updates, groups), params), state
 
-    return optax.GradientTransformationExtraArgs(_make_checking_init(spheres), update)
+    return optax.GradientTransformationExtraArgs(
+        _make_checking_init(spheres), with_open_boxes(update)
+    )
 
 
 def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
@@ -92,7 +95,9 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
         )
         return cast_like(geometry.scale(updates, factor, groups), params), state
 
-    return optax.GradientTransformationExtraArgs(_make_checking_init(spheres), update)
+    return optax.GradientTransformationExtraArgs(
+        _make_checking_init(spheres), with_open_boxes(update)
+    )
 
 
 def _make_checking_init(spheres: Spheres) -> Callable[..., Any]:
@@ -153,7 +158,7 @@ def retract(
         groups = match(spheres, params).with_tangent_space()
         if not keep:
             return optax.EmptyState()
-        return RetractState(groups.as_state(geometry.norm(params, groups)))
+        return RetractState(groups.make_state(geometry.norm(params, groups), params))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -163,10 +168,10 @@ def retract(
             # A filter that starts at zero has no initial radius: it keeps its first radius above zero.
             wanted = groups.map_per_group(
                 lambda kept, now: jnp.where(is_zero(kept), now, kept),
-                state.kept,
+                groups.read_state("kept", state.kept),
                 geometry.norm(require_params(params), groups),
             )
-            state = RetractState(groups.as_state(wanted, state.kept))
+            state = RetractState(groups.keep_off(wanted, state.kept))
         # The target is computed in at least float32: a step in low precision is then rounded once.
         point = jax.tree.map(upcast, require_params(params))
         target = geometry.retract(point, updates, groups, wanted)
@@ -175,7 +180,7 @@ def retract(
         step = groups.map(lambda x, q, y: y - x, params, updates, target, off=lambda x, q, _: q)
         return cast_like(step, params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, with_open_boxes(update))
 
 
 def _is_radius(radius: Any) -> bool:

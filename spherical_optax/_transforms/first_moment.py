@@ -80,7 +80,7 @@ class Momentum:
 
     def init(self, params: Any) -> Any:
         groups = match(self.spheres, params).with_tangent_space()
-        return groups.zeros_per_group(params) if self.keeps else None
+        return groups.make_zeros(params) if self.keeps else None
 
     def update(
         self,
@@ -98,6 +98,8 @@ class Momentum:
         def step_off(m, g, x, *_):
             return mix_arrays(add_decay(g, x, l2), m, self.decay, self.gain)
 
+        if self.keeps:
+            before, kept = kept, groups.read_state("kept", kept)
         if self.transport and self.rescale:
             m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, off=step_off)
             return m, None
@@ -113,11 +115,11 @@ class Momentum:
             m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, stretch, off=step_off)
             # The transported momentum is tangential: only the new term has a radial part.
             radial = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
-            return m, groups.as_state(radial, kept)
+            return m, groups.keep_off(radial, before)
         if self.rescale:
             radius = groups.map_per_group(sqrt, products.xx)
             m = groups.map(lambda m, c: c * m, m, groups.map_per_group(_divide_radii, kept, radius))
-            kept = groups.as_state(radius, kept)
+            kept = groups.keep_off(radius, before)
         return mix(add_decay(g, x, l2), m, self.decay, self.gain), kept
 
 

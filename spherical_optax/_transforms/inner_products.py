@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import optax
 
 from spherical_optax._core.arguments import require_params
+from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.sphere import Spheres
@@ -74,4 +75,4 @@ def to_transformation(block: Block) -> optax.GradientTransformationExtraArgs:
         )
         return block.update(updates, state, params, products, groups)
 
-    return optax.GradientTransformationExtraArgs(block.init, update)
+    return optax.GradientTransformationExtraArgs(block.init, with_open_boxes(update))

@@ -156,8 +156,9 @@ class Rms:
 
     def init(self, params: Any) -> RmsState:
         groups = match(self.spheres, params).with_tangent_space()
-        per_group, zeros = groups.zeros_per_group(params), optax.tree.zeros_like(params)
-        nu = groups.choose(per_group, jax.tree.map(square_modulus, zeros))
+        nu = groups.make_zeros(
+            params, off=lambda x: None if x is None else square_modulus(jnp.zeros_like(x))
+        )
         return RmsState(jnp.zeros([], jnp.int32), nu)
 
     def update(
@@ -165,12 +166,13 @@ class Rms:
     ) -> tuple[Any, RmsState]:
         l2 = get_weight_decay(self.weight_decay, state.count)
         count = optax.safe_increment(state.count)
+        before = groups.read_state("nu", state.nu, full=True)
         squares = self.compute_squares(updates, params, l2, products, groups)
         average = functools.partial(mix_arrays, decay=self.decay, gain=1 - self.decay)
         if self.rescale:
             nu = groups.map_per_group(
                 functools.partial(second_moment, decay=self.decay),
-                state.nu,
+                before,
                 squares,
                 products.xx,
                 off=lambda v, g, _: average(g, v),
@@ -179,13 +181,13 @@ class Rms:
                 lambda rrv, xx: rrv / _replace_zero_radius(xx), nu, products.xx, off=lambda v, _: v
             )
         else:
-            nu = v = mix(squares, state.nu, self.decay, 1 - self.decay)
+            nu = v = mix(squares, before, self.decay, 1 - self.decay)
         v = correct_bias(drop_missing(updates, v), self.decay, count)
         out = groups.map_per_group(_take_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
         out = jax.tree.map(lambda b: b + as_dtype(self.eps, b.dtype), out)
         # `zeros_like` gives the result the sharding of the updates; `broadcast_to` would not.
         out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
-        return cast_like(out, params), RmsState(count, cast_like(nu, state.nu))
+        return cast_like(out, params), RmsState(count, cast_like(nu, before))
 
     def compute_squares(
         self, g: Any, x: Any, l2: Any, products: InnerProducts, groups: Groups

@@ -95,7 +95,7 @@ def measure_tracked_step(
         for column, of_part in zip(found, values, strict=True):
             for i, value in zip(where, of_part, strict=True):
                 column[i] = value
-    return Measured(*(jax.tree.unflatten(groups.treedef, column) for column in found))
+    return Measured(*map(groups.unflatten, found))
 
 
 def detect_movement(angles: Any) -> jax.Array:
@@ -112,7 +112,7 @@ def _list_arrays(
     given: Given,
 ) -> _Arrays:
     """The arrays of all leaves. Moments are only looked up if any leaf on the spheres needs them."""
-    x, g, q = (groups.treedef.flatten_up_to(tree) for tree in step[:3])
+    x, g, q = map(groups.list_leaves, step[:3])
     first: list[Any] = [None] * len(x)
     second, fits = list(first), list(first)
     on_spheres = zip(recognised, groups.leaves, strict=True)
@@ -135,12 +135,12 @@ def _measure_rate(
 ) -> Any:
     """The effective learning rate of each group, from a / b and the angle that was measured."""
     step, b = _compute_step(arrays, motion, leaf, part, last)
-    tangent, length = _take_tangent(
-        step, arrays.x, part.sum(_multiply, arrays.x, step), motion.xx, part
-    )
+    xp = part.sum(_multiply, arrays.x, step)
+    tangent, length = _take_tangent(step, arrays.x, xp, motion.xx, part)
     along = part.sum(_multiply, tangent, motion.tangent)
     dtypes = [y.dtype for y in (*arrays.q, *arrays.first) if y is not None]
     noise = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    is_radial = functools.partial(_is_radial, noise)
     return part.map_per_group(
         functools.partial(_compute_rate, noise),
         along,
@@ -149,6 +149,8 @@ def _measure_rate(
         motion.radius,
         b,
         motion.angle,
+        part.map_per_group(is_radial, length, xp, motion.radius),
+        part.map_per_group(is_radial, motion.length, motion.xq, motion.radius),
     )
 
 
@@ -160,7 +162,7 @@ def _compute_step(
     moments = arrays.first if leaf.has_momentum else arrays.g
     moments = _wait_for(last, _fill_missing(moments, arrays.x))
     a = [
-        upcast(m) / as_dtype(fit.gain, upcast(m).dtype)
+        upcast(m) / as_dtype(jnp.where(fit.fits, fit.gain, jnp.nan), upcast(m).dtype)
         for m, fit in zip(moments, fits, strict=True)
     ]
     if not leaf.elementwise:
@@ -184,7 +186,15 @@ def _measure_cosine(motion: _Motion, part: Groups) -> Any:
 
 
 def _compute_rate(
-    noise: float, along: Any, p: Any, q: Any, radius: Any, b: Any, angle: Any
+    noise: float,
+    along: Any,
+    p: Any,
+    q: Any,
+    radius: Any,
+    b: Any,
+    angle: Any,
+    p_is_radial: Any,
+    q_is_radial: Any,
 ) -> jax.Array:
     """eta^e = tan(angle) / ||c_perp|| with c = r b a / b [11], where b alone is its root mean square.
 
@@ -200,11 +210,29 @@ def _compute_rate(
       radius: ||x||.
       b: d^{-1/2} ||b||.
       angle: radians.
+      p_is_radial: whether a / b has no tangential part beyond rounding; the rate is then 0.
+      q_is_radial: the same of the update.
     """
     rate = divide_or_zero(jnp.tan(angle), radius * b * p)
     sine = sqrt(jnp.maximum(1 - jnp.square(divide_or_one(along, p * q)), 0.0))
-    parallel = (along <= 0) & (sine < 0.01 + 4 * noise)
-    return jnp.where((p == 0) | (q == 0), 0.0, jnp.where(parallel, rate, jnp.nan))
+    parallel = (along <= 0) & (sine < _tolerance(noise))
+    still = p_is_radial | q_is_radial
+    return jnp.where(still, 0.0, jnp.where(parallel | still, rate, jnp.nan))
+
+
+def _tolerance(noise: float) -> float:
+    """The angle, in radians, that an update may turn away from a / b."""
+    return 0.01 + 4 * noise
+
+
+def _is_radial(noise: float, across: Any, xy: Any, radius: Any) -> jax.Array:
+    """Whether the tangential part of y, of length `across`, is nothing but rounding.
+
+    Rounding turns the tangential part by noise |<y, u>| / across. A filter without a gradient, which
+    weight decay alone moves along its radius, has no other. NaN is not radial.
+    """
+    along = jnp.abs(divide_or_zero(xy, radius))
+    return (across == 0) | (across * _tolerance(noise) <= noise * along)
 
 
 def _compute_angle(across: jax.Array, xq: jax.Array, radius: jax.Array) -> jax.Array:

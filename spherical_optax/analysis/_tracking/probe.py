@@ -16,6 +16,7 @@ from spherical_optax._core.paths import leaves_with_paths
 from spherical_optax._core.safe_math import upcast
 from spherical_optax.analysis._tracking.recognise import (
     Recognised,
+    agree_in_ties,
     get_leaf_moments,
     get_moment_names,
     list_arrays,
@@ -35,8 +36,9 @@ WIDTH = len(FIRST)
 class FittedDenominator(NamedTuple):
     """The numbers in the step m / (gain (sqrt(v) + eps)) of one leaf, up to its scale."""
 
-    gain: Any  # 1 - b1 for an average, 1 for a sum; NaN if the optimizer takes another step
+    gain: Any  # 1 - b1 for an average, 1 for a sum
     eps: Any
+    fits: Any = True  # whether the optimizer takes such a step
 
 
 class Given(NamedTuple):
@@ -70,7 +72,36 @@ def recognise_optimizer(
                 return unknown
     except Exception:  # the optimizer may need the loss, values, or arrays of a certain size
         return unknown
-    return recognise(real, params, groups, trust=given.is_complete)
+    recognised = recognise(real, params, groups, trust=given.is_complete)
+    if given.is_complete or not any(recognised):
+        return recognised
+    return _drop_misfits(tx, params, recognised, groups)
+
+
+def _drop_misfits(
+    tx: optax.GradientTransformation,
+    params: Any,
+    recognised: list[Recognised | None],
+    groups: Groups,
+) -> list[Recognised | None]:
+    """Puts None where the very first update on the tiny tree is no m / (sqrt(v) + eps).
+
+    Nesterov's momentum, AdaMax, `eps_root` and a clip by value are found in this way, and their rates
+    are absent from the state in place of NaN.
+    """
+
+    def fit() -> list[Any]:
+        state = tx.init(_make_tiny(params, groups))
+        fits = fit_denominators(tx, params, state, recognised, groups, Given())
+        return [None if fit is None else fit.fits for fit in fits]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            fits = [None if fit is None else bool(fit) for fit in jax.jit(fit)()]
+    except jax.errors.ConcretizationTypeError:  # a hyper-parameter is traced: the update will tell
+        return recognised
+    leaves = zip(recognised, fits, strict=True)
+    return agree_in_ties([None if fit is False else found for found, fit in leaves], groups)
 
 
 def fit_denominators(
@@ -107,15 +138,14 @@ def fit_denominators(
 
 
 def _replace_by_given(fit: FittedDenominator, averaged: bool, given: Given) -> FittedDenominator:
-    """Puts the given numbers in place of the fitted ones; a fit that failed stays NaN."""
-    gain, eps = fit
+    """Puts the given numbers in place of the fitted ones; a fit that failed stays one."""
     if averaged and given.b1 is not None:
-        gain = jnp.where(jnp.isnan(gain), gain, jnp.asarray(1 - given.b1, gain.dtype))
-    return FittedDenominator(gain, eps if given.eps is None else given.eps)
+        fit = fit._replace(gain=jnp.asarray(1 - given.b1, fit.gain.dtype))
+    return fit if given.eps is None else fit._replace(eps=given.eps)
 
 
 def _fit(q: jax.Array, m: jax.Array, v: jax.Array | None, averaged: bool) -> FittedDenominator:
-    """Fits the updates of a tiny group to its moments after them; NaN if they are not m / b."""
+    """Fits the updates of a tiny group to its moments after them."""
     tolerance = 0.01 + 4 * max(float(jnp.finfo(y.dtype).eps) for y in (q, m))
     gain = 1 - m[0] if averaged else jnp.ones_like(m[0])
     gain, q, m = (upcast(y) for y in (gain, q, m))
@@ -131,7 +161,7 @@ def _fit(q: jax.Array, m: jax.Array, v: jax.Array | None, averaged: bool) -> Fit
         expected = slope * (root + eps)
     # At a learning rate of 0 nothing moves, which is no evidence against the fit.
     fits = jnp.all(jnp.abs(q * expected - m) <= tolerance * jnp.abs(m)) | ~jnp.any(moved)
-    return FittedDenominator(jnp.where(fits, gain, jnp.nan), eps)
+    return FittedDenominator(gain, eps, fits)
 
 
 def _take_number(tiny: Any, real: Any) -> Any:
@@ -166,10 +196,8 @@ def _make_tiny(params: Any, groups: Groups, values: tuple[float, ...] = (0.0,) *
             found = found + jnp.asarray(values, found.dtype).reshape(row)
         return upcast(found)
 
-    leaves = zip(groups.leaves, groups.treedef.flatten_up_to(params), strict=True)
-    return jax.tree.unflatten(
-        groups.treedef, [None if x is None else fill(leaf, x) for leaf, x in leaves]
-    )
+    leaves = zip(groups.leaves, groups.list_leaves(params), strict=True)
+    return groups.unflatten([None if x is None else fill(leaf, x) for leaf, x in leaves])
 
 
 def _choose_axis(leaf: ArrayGroups | None, x: Any) -> tuple[int, ...]:

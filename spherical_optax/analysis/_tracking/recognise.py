@@ -67,9 +67,18 @@ def recognise(state: Any, params: Any, groups: Groups, trust: bool) -> list[Reco
     moments = find_moments(state)
     if moments is None or not _is_understood(state, params, trust):
         return [None] * len(groups.leaves)
-    found = [_recognise_leaf(path, x, moments) for path, x in list_leaves(params)]
-    # Tied leaves form their groups together and have one rate or none. A bias in a tie may have one
-    # entry per group: one second moment per group then has the shape of one per coordinate.
+    return agree_in_ties(
+        [_recognise_leaf(path, x, moments) for path, x in list_leaves(params)], groups
+    )
+
+
+def agree_in_ties(found: list[Recognised | None], groups: Groups) -> list[Recognised | None]:
+    """Tied leaves form their groups together, and have one rate or none.
+
+    A bias in a tie may have one entry per group: one second moment per group then has the shape of one
+    per coordinate.
+    """
+    found = list(found)
     for tie in groups.ties:
         elementwise = all((leaf := found[i]) is None or leaf.elementwise for i in tie)
         all_known = all(found[i] is not None for i in tie)

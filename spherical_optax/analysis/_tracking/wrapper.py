@@ -13,10 +13,13 @@ from jax.core import Tracer
 
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.boxes import box_like, open_boxes
 from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
+from spherical_optax._core.paths import leaves_with_paths
 from spherical_optax._core.sphere import Spheres
+from spherical_optax._core.trees import is_placeholder
 from spherical_optax.analysis._tracking.measure import (
     Measured,
     TakenStep,
@@ -28,16 +31,16 @@ from spherical_optax.analysis._tracking.updates_from_state import get_replay
 
 
 class TrackState(NamedTuple):
-    """State of `track`. The last four fields are trees like the parameters, None off the spheres."""
+    """State of `track`. Group-sized fields are trees like the parameters, None off the spheres."""
 
-    inner_state: optax.OptState
-    calls: jax.typing.ArrayLike  # number of calls of update until now, int32
-    step: jax.typing.ArrayLike  # the call that was measured last, from 1; 0 before the first, int32
-    due: jax.typing.ArrayLike  # the call that will be measured next, int32
-    radius: Any  # ||x|| before the measured step, group-sized
     angle: Any  # between x before and after the measured step, group-sized, radians
+    calls: jax.typing.ArrayLike  # number of calls of update until now, int32
+    due: jax.typing.ArrayLike  # the call that will be measured next, int32
     effective_lr: Any  # eta^e of the measured step, group-sized; None where a and b are not known
+    inner_state: optax.OptState
     radial_cosine: Any  # <q, u> / ||q|| of the measured update q, group-sized
+    radius: Any  # ||x|| before the measured step, group-sized
+    step: jax.typing.ArrayLike  # the call that was measured last, from 1; 0 before the first, int32
 
 
 def track(
@@ -60,12 +63,12 @@ def track(
     effective learning rate also needs the a and the b of the step x - eta a / b. They are known for
     `optax.adam`, `optax.adamw`, `optax.sgd`, the optimizers of this package and every optimizer whose
     states declare their moments by `MOMENTS`, also in chains, masks, partitions, with schedules and
-    `optax.inject_hyperparams`. The rate is None if the state holds anything else.
+    `optax.inject_hyperparams`. The rate is None if the state holds anything else, or if the update is no
+    m / (sqrt(v) + eps): Nesterov's momentum, AdaMax, `eps_root`, a clip by value.
 
     You do not repeat b1 and eps: `track` works them out from one update of the optimizer on a tiny tree.
-    This update has to be m / (sqrt(v) + eps), and every update that is measured has to lie along a / b.
-    If either fails, the rate is NaN: with Nesterov's momentum, AdaMax, `eps_root`, gradients accumulated
-    for SGD, a clip by value. A group that did not move has rate 0.
+    Every update that is measured has to lie along a / b; if one does not, its rate is NaN. A group that
+    did not move, or along its radius alone, has rate 0: a filter without a gradient, for example.
 
     Give `b1` and `eps` for an optimizer that cannot run on the tiny tree, such as a chain with
     `optax.contrib.reduce_on_plateau`, which needs the loss. Then nothing runs on a tiny tree, the
@@ -142,45 +145,52 @@ class _Tracker:
     found: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
 
     def init(self, params: Any) -> TrackState:
-        groups = match(self.spheres, params)
         inner_state = self.tx.init(params)
         # Separate arrays: one buffer that a state holds twice cannot be donated.
         calls, step = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        if not groups.leaves:  # a placeholder of `optax.tree.map_params`
-            due = jnp.ones([], jnp.int32)
-            return TrackState(inner_state, calls, step, due, *(jnp.zeros([]) for _ in range(4)))
-        radius = geometry.norm(params, groups)
-        # Zeros and ones are computed from sums over the parameters: they then have the sharding of the
-        # values that `update` puts in their place, also in `jax.shard_map` and under explicit meshes.
-        due = 1 + 0 * detect_movement(radius)
-        angle, rate, cosine = (jax.tree.map(jnp.zeros_like, radius) for _ in range(3))
-        rate = _drop_unknown(rate, self._recognise(params, groups), groups)
-        values = self._reduce_groups(Measured(radius, angle, rate, cosine))
-        return TrackState(inner_state, calls, step, due, *values)
+        if is_placeholder(params):
+            values, due = Measured(*(jnp.zeros([]) for _ in range(4))), jnp.ones([], jnp.int32)
+        else:
+            groups = match(self.spheres, params)
+            radius = geometry.norm(params, groups)
+            # Zeros and ones are computed from sums over the parameters: they then have the sharding of
+            # the values that `update` puts in their place, also in `jax.shard_map` and under explicit
+            # meshes.
+            due = 1 + 0 * detect_movement(radius)
+            angle, rate, cosine = (jax.tree.map(jnp.zeros_like, radius) for _ in range(3))
+            rate = _drop_unknown(rate, self._recognise(open_boxes(params), groups), groups)
+            found = self._reduce_groups(Measured(radius, angle, rate, cosine))
+            values = Measured(*(groups.make_state(x, params, off=lambda _: None) for x in found))
+        return TrackState(
+            calls=calls, due=due, inner_state=inner_state, step=step, **values._asdict()
+        )
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, TrackState]:
         _require_track_state(state)
         params = require_params(params)
-        groups = match(self.spheres, params)
-        expected = jax.eval_shape(lambda: self._reduce_groups(geometry.norm(params, groups)))
-        _check_shapes(state.radius, expected)
-        recognised = self._recognise(params, groups)
+        x = open_boxes(params)
+        groups = match(self.spheres, x)
+        kept = Measured(*(open_boxes(getattr(state, name)) for name in Measured._fields))
+        _check_shapes(
+            kept.radius, jax.eval_shape(lambda: self._reduce_groups(geometry.norm(x, groups)))
+        )
+        recognised = self._recognise(x, groups)
         calls = optax.safe_increment(state.calls)
         is_due: Any = calls >= jnp.asarray(state.due)
         grads, before = updates, state.inner_state
         updates, after = self.tx.update(grads, before, params, **extra_args)
 
         def measure(updates: Any) -> tuple[Any, ...]:
-            taken = TakenStep(params, grads, updates, before, after)
+            taken = open_boxes(TakenStep(params, grads, updates, before, after))
             values = measure_tracked_step(self.tx, taken, recognised, groups, self.given)
             # If nothing moved, for example because gradients are accumulated, the next call is measured.
             wait = jnp.where(detect_movement(values.angle) > 0, self.every, 1)
             due = calls + wait.astype(jnp.int32)
-            return jnp.copy(calls), due, *self._reduce_groups(values)
+            return jnp.copy(calls), due, self._reduce_groups(values)
 
-        measured = state[2:]
+        measured = state.step, state.due, kept
         if not isinstance(calls, Tracer):
             if is_due:
                 measured = measure(updates)
@@ -196,11 +206,13 @@ class _Tracker:
                 lambda: measured,
             )
             updates = depend_on(updates, measured[1])
-        return updates, TrackState(after, calls, *measured)
+        step, due, values = measured
+        fields = {name: box_like(getattr(state, name), x) for name, x in values._asdict().items()}
+        return updates, TrackState(calls=calls, due=due, inner_state=after, step=step, **fields)
 
     def _recognise(self, params: Any, groups: Groups) -> list[Any]:
         """Recognises the optimizer, once for parameters of each structure, shape and dtype."""
-        leaves = groups.treedef.flatten_up_to(params)
+        leaves = groups.list_leaves(params)
         types = (x is None or (jnp.shape(x), jnp.result_type(x)) for x in leaves)
         key = (groups.treedef, *types)
         if key not in self.found:
@@ -233,22 +245,27 @@ def _require_track_state(state: Any) -> None:
 
 
 def _check_shapes(radii: Any, expected: Any) -> None:
-    """Raises an error about `spheres`; without it `jax.lax.cond` would say that its branches differ."""
-    leaves, old = jax.tree.leaves_with_path(expected), jax.tree.leaves(radii)
-    if len(leaves) != len(old):
+    """Raises if the state was made with other spheres; `jax.lax.cond` would say that branches differ."""
+    found, wanted = (
+        {path: jnp.shape(x) for path, x in leaves_with_paths(tree, lambda _: False)[0]}
+        for tree in (radii, expected)
+    )
+    remedy = "take the spheres that the state was made with, or make a state with init"
+    if others := sorted(found.keys() ^ wanted.keys()):
+        where = "in the state only" if others[0] in found else "in `spheres` only"
         raise ValueError(
-            f"track: the state has {len(old)} parameters on spheres, not the {len(leaves)} that "
-            "`spheres` says; make a state with init"
+            f"track: the state has {len(found)} parameters on spheres, not the {len(wanted)} that "
+            f"`spheres` says: {'/'.join(others[0])!r} is {where}; {remedy}"
         )
-    for (path, leaf), x in zip(leaves, old, strict=True):
-        if jnp.shape(x) != leaf.shape:
+    for path, shape in wanted.items():
+        if found[path] != shape:
             raise ValueError(
-                f"track: {jax.tree_util.keystr(path, simple=True, separator='/')!r} has radii of shape "
-                f"{jnp.shape(x)} in the state, and {leaf.shape} by `spheres`; make a state with init"
+                f"track: {'/'.join(path)!r} has radii of shape {found[path]} in the state, and "
+                f"{shape} by `spheres`; {remedy}"
             )
 
 
 def _drop_unknown(rates: Any, recognised: list[Any], groups: Groups) -> Any:
     """Puts None in place of the rates of leaves whose a and b are not known."""
-    leaves = zip(groups.treedef.flatten_up_to(rates), recognised, strict=True)
-    return jax.tree.unflatten(groups.treedef, [None if r is None else x for x, r in leaves])
+    leaves = zip(groups.list_leaves(rates), recognised, strict=True)
+    return groups.unflatten([None if r is None else x for x, r in leaves])
