@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from spherical_optax._core.groups import ArrayGroups
 from spherical_optax._discovery.evidence import Evidence, Figures
 from spherical_optax._discovery.radial_sums import RadialSums
 from spherical_optax._discovery.splits import coarsen, count_long_axes, enumerate_splits
+
+Sums = Sequence[RadialSums] | Mapping[int, RadialSums]  # by the index of the array
 
 
 class Candidate:
@@ -47,7 +50,7 @@ class Candidate:
         columns = [coarsen(split) for split in self.splits.values()]
         return [frozenset(zip(self.splits, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def measure(self, sums: dict[int, RadialSums], large: bool = False) -> float:
+    def measure(self, sums: Sums, large: bool = False) -> float:
         """Takes in the radial figures |<x, g>| / ||x g|| of one probe.
 
         Returns the largest cosine |<x, g>| / (||x|| ||g||) of the groups.

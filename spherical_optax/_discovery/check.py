@@ -1,7 +1,6 @@
 """`check_spheres`: whether declared spheres are right, by the definition of invariance itself."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,22 +12,17 @@ from spherical_optax._core.groups import ArrayGroups
 from spherical_optax._core.matching import assign_specs, match
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.candidates import Candidate
-from spherical_optax._discovery.radial_sums import RadialSums
-from spherical_optax._discovery.random_points import Function, make_fast_key
+from spherical_optax._discovery.radial_sums import RadialSums, make_radial_sums
+from spherical_optax._discovery.random_points import Function, make_seeds
+from spherical_optax._discovery.scaling import POINTS, Scaling
 from spherical_optax._discovery.siblings import NO_INFLUENCE
 from spherical_optax._discovery.splits import normalize
 from spherical_optax._discovery.text_table import format_table
 
-# Gradients are taken at this many random points, and groups are scaled at this many others.
+# Gradients are taken at this many random points.
 PROBES = 4
-POINTS = 2
-# Relative changes of fn up to this are rounding, in float32 and with bfloat16 or float16 on the way.
-ROUNDING, LOW_ROUNDING = 1e-3, 0.15
 # A gradient whose radial figure is below this is tangential.
 TANGENTIAL = 1e-3
-# At 100 times the radius the effect of a normalisation eps falls by 100^2, that of a drowned shortcut
-# only by 100. A change that falls by more than 100^1.5 / 3 is due to an eps.
-DROWNING = 100.0
 
 PASSING_VERDICTS = ("invariant", "invariant but for eps", "no influence")
 
@@ -92,10 +86,11 @@ def check_spheres(
     outputs. Beside it is the largest radial cosine |<x, g>| / (||x|| ||g||) over groups and probes; an
     invariant group has a cosine of zero (Lemma 1, Eq. 2).
 
-    The eps of a normalisation layer breaks invariance where the weights are small. Scaling at 100 times
-    the radius tells an eps apart, and it passes.
+    The eps of a normalisation layer breaks invariance where the weights are small. Scaling at 10, 100
+    and 1000 times the radius tells an eps apart, and it passes.
 
-    What it costs: four gradients, and about two evaluations of `fn` for each parameter array on spheres.
+    What it costs: four gradients, about four evaluations of `fn` for each parameter array on spheres,
+    and two compilations of `fn`.
 
     Args:
       fn: function of the parameters, as for `find_spheres`.
@@ -134,13 +129,14 @@ def check_spheres(
     function = Function("check_spheres", fn, params)
     specs = assign_specs(spheres, params)
     scaled_together = _group_by_tie(function, spheres, params)
-    gradient_key, scaling_key = jax.random.split(make_fast_key("check_spheres", key))
+    seeds = make_seeds("check_spheres", key, (PROBES + POINTS, 2))
     if not scaled_together:
         return CheckReport(())
     # Results that are not finite get a verdict of their own, without NumPy's warnings about them.
     with np.errstate(invalid="ignore", over="ignore"):
-        _probe(function, scaled_together, gradient_key)
-        scaling = _Scaling(function, scaling_key)
+        _probe(function, scaled_together, seeds[:PROBES])
+        leaves = {i: leaf for arrays in scaled_together for i, leaf in arrays.leaves.items()}
+        scaling = Scaling(function, leaves, seeds[PROBES:].reshape(2 * POINTS, -1))
         checks: dict[int, Check] = {}
         for arrays in scaled_together:
             change, verdict = _judge(scaling, arrays)
@@ -173,10 +169,10 @@ class _TiedArrays:
         self.leaves, self.cosine, self.influence = leaves, 0.0, 0.0
         self.candidate = Candidate({i: normalize(leaf) for i, leaf in leaves.items()})
 
-    def measure(self, sums: dict[int, RadialSums]) -> None:
+    def measure(self, sums: list[RadialSums]) -> None:
         """Takes in one probe."""
         self.cosine = max(self.cosine, self.candidate.measure(sums))
-        most = max(s.influence for s in sums.values())
+        most = max(s.influence for s in sums)
         if most > 0:
             own = max(sums[i].influence for i in self.leaves)
             self.influence = max(self.influence, own / most)
@@ -198,37 +194,34 @@ def _group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[_Ti
     return found
 
 
-def _probe(function: Function, scaled_together: list[_TiedArrays], key: jax.Array) -> None:
+def _probe(function: Function, scaled_together: list[_TiedArrays], seeds: np.ndarray) -> None:
     """Takes gradients at random points, and measures their radial parts."""
-    for k in jax.random.split(key, PROBES):
-        point_key, cotangent_key = jax.random.split(k)
-        x = function.draw_point(point_key)
-        g = function.compute_gradient(x, cotangent_key)
-        sums = {i: RadialSums(x[i], g[i]) for i in range(len(x))}
+    for point_seed, cotangent_seed in seeds:
+        x = function.draw_point(point_seed)
+        sums = make_radial_sums(x, function.compute_gradient(x, cotangent_seed))
         for arrays in scaled_together:
             arrays.measure(sums)
 
 
-def _judge(scaling: "_Scaling", arrays: _TiedArrays) -> tuple[float, str]:
+def _judge(scaling: Scaling, arrays: _TiedArrays) -> tuple[float, str]:
     """The relative change of the outputs when the groups are scaled, and the verdict."""
-    change = scaling.measure_change(arrays)
+    change = scaling.measure_change(arrays.leaves)
     if not math.isfinite(change):
         return change, "NOT FINITE"
     if change > scaling.rounding:
-        return change, _judge_changed(scaling, arrays, change)
+        return change, _judge_changed(scaling, arrays)
     return change, _judge_unchanged(scaling, arrays, change)
 
 
-def _judge_changed(scaling: "_Scaling", arrays: _TiedArrays, change: float) -> str:
+def _judge_changed(scaling: Scaling, arrays: _TiedArrays) -> str:
     """The outputs have changed: an eps explains it, or the groups are not invariant."""
-    far = scaling.measure_change(arrays, radius=DROWNING)
-    if far < max(0.1 * scaling.rounding, 3 * change / DROWNING**1.5):
+    if scaling.is_explained_by_eps(arrays.leaves):
         return "invariant but for eps"
     tangential = arrays.candidate.evidence.natural < TANGENTIAL
     return "NOT INVARIANT" + (" (but gradient tangential)" if tangential else "")
 
 
-def _judge_unchanged(scaling: "_Scaling", arrays: _TiedArrays, change: float) -> str:
+def _judge_unchanged(scaling: Scaling, arrays: _TiedArrays, change: float) -> str:
     """The outputs have not changed, but an array with little influence changes them little anyway.
 
     If the gradient has a radial part, the change is therefore compared with a reference: the change when
@@ -238,71 +231,8 @@ def _judge_unchanged(scaling: "_Scaling", arrays: _TiedArrays, change: float) ->
         return "invariant"
     if arrays.influence < NO_INFLUENCE:
         return "no influence"
-    reference = scaling.measure_change(arrays, each=True)
+    reference = scaling.measure_change(arrays.leaves, each=True)
     # In low precision the radial part of the gradient may be rounding, too.
     if scaling.rounded and change < 0.1 * reference:
         return "invariant"
     return "GRADIENT NOT TANGENTIAL" if change < 0.01 * reference else "NOT INVARIANT"
-
-
-class _Scaling:
-    """Relative changes of the outputs at random points, when the groups of tied arrays are scaled."""
-
-    def __init__(self, function: Function, key: jax.Array):
-        self._function = function
-        self.rounded = function.rounds
-        self.rounding = LOW_ROUNDING if self.rounded else ROUNDING
-        keys = jax.random.split(key, 2 * POINTS)
-        self._points = [function.draw_point(k) for k in keys[:POINTS]]
-        self._before = [function.compute_outputs(x) for x in self._points]
-        self._keys = keys[POINTS:]
-
-    def measure_change(self, arrays: _TiedArrays, radius: float = 1.0, each: bool = False) -> float:
-        """The largest relative change over points and outputs.
-
-        The groups start from `radius` times their radius. With `each`, every coordinate is multiplied by
-        a factor of its own, and not every group.
-        """
-        changes = []
-        for x, before, key in zip(self._points, self._before, self._keys, strict=True):
-            if radius != 1.0:
-                before = self._function.compute_outputs(_multiply(x, arrays, radius))
-            scaled = _multiply(_scale_randomly(x, arrays, key, each), arrays, radius)
-            after = self._function.compute_outputs(scaled)
-            changes += [_compare(b, a) for b, a in zip(before, after, strict=True)]
-        return float(np.max(changes))
-
-
-def _multiply(x: list[jax.Array], arrays: _TiedArrays, factor: float) -> list[jax.Array]:
-    """The arrays of a tie times one factor, and the others as they are."""
-    x = list(x)
-    for i in arrays.leaves:
-        x[i] = x[i] * np.asarray(factor, x[i].dtype)
-    return x
-
-
-def _scale_randomly(
-    x: list[jax.Array], arrays: _TiedArrays, key: jax.Array, each: bool
-) -> list[jax.Array]:
-    """The groups of tied arrays, or with `each` their coordinates, times random factors."""
-    x = list(x)
-    for i, leaf in arrays.leaves.items():
-        # Tied arrays draw from the same key, and thus get the same factor for each group.
-        draw = jax.random.fold_in(key, i) if each else key
-        x[i] = _multiply_randomly(x[i], draw, leaf, each)
-    return x
-
-
-@functools.partial(jax.jit, static_argnames=("leaf", "each"))
-def _multiply_randomly(x: jax.Array, key: jax.Array, leaf: ArrayGroups, each: bool) -> jax.Array:
-    """Every group, or every coordinate, times a random factor in [1/10, 10]."""
-    shape = x.shape if each else leaf.counts
-    factors = 10.0 ** jax.random.uniform(key, shape, x.dtype, -1.0, 1.0)
-    return x * (factors if each else leaf.spread(leaf.from_counts(factors)))
-
-
-def _compare(before: jax.Array, after: jax.Array) -> float:
-    """||after - before|| / ||before||, in float64; the numerator alone where `before` is zero."""
-    b, a = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    size, change = np.linalg.norm(b), np.linalg.norm(a - b)
-    return float(change / size) if size > 0 else float(change)

@@ -10,7 +10,8 @@ import numpy as np
 
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.evidence import LARGER
-from spherical_optax._discovery.random_points import Function, make_fast_key
+from spherical_optax._discovery.radial_sums import make_radial_sums
+from spherical_optax._discovery.random_points import Function, make_seeds
 from spherical_optax._discovery.siblings import Finding, Siblings, group_by_parent
 from spherical_optax._discovery.text_table import format_figure, format_table
 
@@ -183,11 +184,11 @@ def survey_spheres(
         raise ValueError(f"find_spheres: tol is {tol!r}, not a number in (0, 1)")
     function = Function("find_spheres", fn, params)
     families = group_by_parent(function.paths, function.arrays, vectors)
-    keys = jax.random.split(make_fast_key("find_spheres", key), NATURAL_PROBES + len(LINES))
+    seeds = make_seeds("find_spheres", key, (NATURAL_PROBES + len(LINES), 2))
     # Gradients that are not finite are left out later, without NumPy's warnings about them.
     with np.errstate(invalid="ignore", over="ignore"):
-        _probe_natural_radius(function, families, keys[:NATURAL_PROBES])
-        _probe_larger_radius(function, families, keys[NATURAL_PROBES:])
+        _probe_natural_radius(function, families, seeds[:NATURAL_PROBES])
+        _probe_larger_radius(function, families, seeds[NATURAL_PROBES:])
         findings = _judge(function, families, tol)
     if all(f.verdict == "not finite" for f in findings.values()):
         raise ValueError(
@@ -198,15 +199,15 @@ def survey_spheres(
 
 
 def _probe_natural_radius(
-    function: Function, families: list[Siblings], keys: Iterable[jax.Array]
+    function: Function, families: list[Siblings], seeds: Iterable[np.ndarray]
 ) -> None:
     """Probes with every array at its natural radius."""
-    for key in keys:
-        _probe(function, families, key, large=np.zeros(len(function.arrays), bool))
+    for seed in seeds:
+        _probe(function, families, seed, large=np.zeros(len(function.arrays), bool))
 
 
 def _probe_larger_radius(
-    function: Function, families: list[Siblings], keys: Iterable[jax.Array]
+    function: Function, families: list[Siblings], seeds: Iterable[np.ndarray]
 ) -> None:
     """Probes by LINES those arrays that may be on spheres; nothing if there are none."""
     promising = sorted(set().union(*(siblings.find_promising() for siblings in families)))
@@ -214,17 +215,20 @@ def _probe_larger_radius(
         return
     design = np.zeros((len(LINES), len(function.arrays)), bool)
     design[:, promising] = LINES[:, np.arange(len(promising)) % len(LINES)]
-    for key, large in zip(keys, design, strict=True):
-        _probe(function, families, key, large)
+    for seed, large in zip(seeds, design, strict=True):
+        _probe(function, families, seed, large)
 
 
-def _probe(function: Function, families: list[Siblings], key: jax.Array, large: np.ndarray) -> None:
+def _probe(
+    function: Function, families: list[Siblings], seed: np.ndarray, large: np.ndarray
+) -> None:
     """One gradient at a random point, with the arrays in `large` at LARGER times their radius."""
-    point_key, cotangent_key = jax.random.split(key)
-    x = function.draw_point(point_key, np.where(large, LARGER, 1.0).tolist())
-    g = function.compute_gradient(x, cotangent_key)
+    point_seed, cotangent_seed = seed
+    x = function.draw_point(point_seed, np.where(large, LARGER, 1.0).tolist())
+    g = function.compute_gradient(x, cotangent_seed)
+    sums = make_radial_sums(x, g)
     for siblings in families:
-        siblings.measure(x, g, large)
+        siblings.measure(sums, large)
 
 
 def _judge(function: Function, families: list[Siblings], tol: float) -> dict[int, Finding]:

@@ -1,8 +1,8 @@
 """Inner products of parameters and gradients within the groups of any split of an array."""
 
 import functools
-import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,22 @@ import numpy as np
 from spherical_optax._core.groups import ArrayGroups
 from spherical_optax._discovery.splits import make_split
 
+# The device sums over axes of at least this length; a sum over a shorter one is as large as the array.
+LONG_ENOUGH = 8
+
+# For each axis, by its number, the four sums over this axis alone.
+SumsOverOneAxis = dict[int, jax.Array]
+
 
 class RadialSums:
     """Sums of x g, (x g)^2, x^2 and g^2 over the groups of any split of one array.
 
-    The device reduces the array once over every set of its axes (`_reduce_over_axes`). The sums of a
-    split are then read from these reductions, and the sums of blocks are added up on the host.
+    The device reduces the array over each of its long axes alone (`_sum_over_single_axes`). All other
+    sums are added up from these on the host, in float64.
     """
 
-    def __init__(self, x: jax.Array, g: jax.Array):
-        self._x, self._g = x, g
-        self._unit, self._sums = _reduce_over_axes(x, g)
+    def __init__(self, x: jax.Array, g: jax.Array, unit: jax.Array, sums: SumsOverOneAxis):
+        self._x, self._g, self._unit, self._sums = x, g, float(unit), sums
         self._long = [axis for axis, length in enumerate(x.shape) if length > 1]
         self._cache: dict[ArrayGroups, np.ndarray] = {}
 
@@ -47,40 +52,53 @@ class RadialSums:
             uncut = self.sum_within(make_split(split.shape, split.axes))
             return uncut.reshape(4, *split.counts, -1).sum(-1)
         ascending = sorted(split.axes)
-        kept, unit = tuple(map(self._long.index, ascending)), float(self._unit)
-        if kept in self._sums:
-            sums = np.asarray(self._sums[kept], np.float64)
+        kept = [self._long.index(axis) for axis in ascending]
+        # The smallest array that has all of the axes that are kept.
+        at_hand = [(axis, sums) for axis, sums in self._sums.items() if axis not in kept]
+        if at_hand:
+            axis, sums = min(at_hand, key=lambda entry: entry[1].size)
+            found, kept = np.asarray(sums, np.float64), [k - (k > axis) for k in kept]
         else:
-            # Every entry of a matrix is a group of its own, and `_reduce_over_axes` has left it out.
-            x, g = (np.asarray(y, np.float64).squeeze() for y in (self._x, self._g))
-            g = g / unit if unit > 0 else g
-            sums = np.stack([x * g, (x * g) ** 2, x * x, g * g])
-        sums = sums * np.reshape([unit, unit**2, 1.0, unit**2], (4,) + (1,) * len(kept))
-        return sums.transpose(0, *(1 + ascending.index(axis) for axis in split.axes))
+            found = self._multiply_entries()
+        others = [axis for axis in range(found.ndim - 1) if axis not in kept]
+        found = found.sum(tuple(1 + axis for axis in others))
+        found = found * np.reshape(
+            [self._unit, self._unit**2, 1.0, self._unit**2], (4,) + (1,) * len(kept)
+        )
+        return found.transpose(0, *(1 + ascending.index(axis) for axis in split.axes))
+
+    def _multiply_entries(self) -> np.ndarray:
+        """The four products of every entry."""
+        x, g = (np.asarray(y, np.float64).squeeze() for y in (self._x, self._g))
+        g = g / self._unit if self._unit > 0 else g
+        return np.stack([x * g, (x * g) ** 2, x * x, g * g])
+
+
+def make_radial_sums(xs: Sequence[jax.Array], gs: Sequence[jax.Array]) -> list[RadialSums]:
+    """The `RadialSums` of all arrays, from one program."""
+    reduced = _reduce_all(list(xs), list(gs))
+    return [RadialSums(x, g, *sums) for x, g, sums in zip(xs, gs, reduced, strict=True)]
 
 
 @jax.jit
-def _reduce_over_axes(
-    x: jax.Array, g: jax.Array
-) -> tuple[jax.Array, dict[tuple[int, ...], jax.Array]]:
-    """The four sums for every set of axes that is kept; axes of length 1 are squeezed out first.
+def _reduce_all(
+    xs: list[jax.Array], gs: list[jax.Array]
+) -> list[tuple[jax.Array, SumsOverOneAxis]]:
+    return list(map(_sum_over_single_axes, xs, gs))
+
+
+def _sum_over_single_axes(x: jax.Array, g: jax.Array) -> tuple[jax.Array, SumsOverOneAxis]:
+    """The four sums over each long axis alone; axes of length 1 are squeezed out first.
 
     g is divided by its largest entry, which is returned as its unit, because squares of small gradients
-    would underflow. The entries of a matrix or larger array, with all axes kept, are not returned: they
-    would take four times the memory of the array.
+    would underflow.
     """
     x, g = jnp.squeeze(x), jnp.squeeze(g)
     unit = jnp.max(jnp.abs(g))
     g = g / jnp.where(unit > 0, unit, 1.0)
-    every = tuple(range(x.ndim))
-    sums = {every: jnp.stack([x * g, jnp.square(x * g), x * x, g * g])}
-    for n in reversed(every):
-        for kept in itertools.combinations(every, n):
-            # Each reduction starts from the smallest of those that keep one axis more.
-            wider = [tuple(sorted((*kept, axis))) for axis in every if axis not in kept]
-            source = min(wider, key=lambda axes: math.prod(x.shape[axis] for axis in axes))
-            (axis,) = set(source) - set(kept)
-            sums[kept] = jnp.sum(sums[source], axis=1 + source.index(axis))
-    if x.ndim > 1:
-        del sums[every]
-    return unit, sums
+    products = (x * g, jnp.square(x * g), x * x, g * g)
+    return unit, {
+        axis: jnp.stack([jnp.sum(product, axis) for product in products])
+        for axis, length in enumerate(x.shape)
+        if length >= LONG_ENOUGH
+    }

@@ -48,9 +48,9 @@ class Siblings:
         self._candidates = enumerate_candidates(arrays, vectors)
         self._by_key = {c.key: c for c in self._candidates}
 
-    def measure(self, x: list[jax.Array], g: list[jax.Array], large: np.ndarray) -> None:
-        """Takes in a probe: parameters x, gradients g, and which arrays are at the larger radius."""
-        sums = {i: RadialSums(x[i], g[i]) for i in self._arrays}
+    def measure(self, all_sums: list[RadialSums], large: np.ndarray) -> None:
+        """Takes in a probe: the sums of all arrays, and which arrays are at the larger radius."""
+        sums = {i: all_sums[i] for i in self._arrays}
         most = max((s.influence for s in sums.values() if s.influence > 0), default=1.0)
         for i, s in sums.items():
             self._influence[i].append(s.influence / most)

@@ -161,7 +161,7 @@ class TestEffectiveRate:
         if name == "muonh":  # a step that is no a / b: no rate, or 0 at d = 1
             rates = jax.tree.leaves(state.effective_lr)
             assert not any(bool(jnp.any(rate != 0)) for rate in rates)
-            assert state.effective_lr["matrix"] is None
+            assert state.effective_lr["conv"]["kernel"] is None
             return
         if TABLE[name].elementwise:
             return  # see test_adam_with_l2
