@@ -7,6 +7,9 @@ optimizers of your own.
 
 Numbers in brackets, such as [19], are equations of the paper, "A spherical analysis of Adam with Batch
 Normalization".
+
+The examples in docstrings assume `import jax, jax.numpy as jnp, optax, spherical_optax as so` and
+`jnp.set_printoptions(precision=3, suppress=True)`.
 """
 
 from spherical_optax import analysis, geometry

@@ -61,7 +61,7 @@ def dot(x: Params, y: Params, spheres: Spheres) -> PerGroup:
       ValueError: if `spheres` does not fit `x`.
 
     >>> x = {"w": jnp.array([[3.0, 0.0], [4.0, 2.0]])}
-    >>> dot(x, x, so.Sphere())
+    >>> so.geometry.dot(x, x, so.Sphere())
     {'w': Array([[25.,  4.]], dtype=float32)}
 
     Source: section 2.1 of the paper.
@@ -84,7 +84,7 @@ def norm(x: Params, spheres: Spheres) -> PerGroup:
     Raises:
       ValueError: if `spheres` does not fit `x`.
 
-    >>> norm({"w": jnp.array([[3.0, 0.0], [4.0, 0.0]])}, so.Sphere())
+    >>> so.geometry.norm({"w": jnp.array([[3.0, 0.0], [4.0, 0.0]])}, so.Sphere())
     {'w': Array([[5., 0.]], dtype=float32)}
 
     Source: section 2.1 of the paper.
@@ -110,7 +110,7 @@ def scale(x: Params, factors: PerGroup, spheres: Spheres) -> Params:
       ValueError: if `spheres` does not fit `x`.
 
     >>> x = {"w": jnp.ones((2, 2))}
-    >>> scale(x, {"w": jnp.array([[2.0, 3.0]])}, so.Sphere())
+    >>> so.geometry.scale(x, {"w": jnp.array([[2.0, 3.0]])}, so.Sphere())
     {'w': Array([[2., 3.],
            [2., 3.]], dtype=float32)}
     """
@@ -132,7 +132,7 @@ def direction(x: Params, spheres: Spheres) -> Params:
     Raises:
       ValueError: if `spheres` does not fit `x`.
 
-    >>> direction({"w": jnp.array([[3.0, 0.0], [4.0, 0.0]])}, so.Sphere())
+    >>> so.geometry.direction({"w": jnp.array([[3.0, 0.0], [4.0, 0.0]])}, so.Sphere())
     {'w': Array([[0.6, 0. ],
            [0.8, 0. ]], dtype=float32)}
 
@@ -159,7 +159,7 @@ def project(point: Params, vectors: Params, spheres: Spheres) -> Params:
       ValueError: if `spheres` does not fit `vectors`.
 
     >>> x = {"w": jnp.array([[2.0], [0.0]])}
-    >>> project(x, {"w": jnp.array([[5.0], [7.0]])}, so.Sphere())
+    >>> so.geometry.project(x, {"w": jnp.array([[5.0], [7.0]])}, so.Sphere())
     {'w': Array([[0.],
            [7.]], dtype=float32)}
 
@@ -196,7 +196,7 @@ def transport(start: Params, end: Params, vectors: Params, spheres: Spheres) -> 
       ValueError: if `spheres` does not fit `vectors`.
 
     >>> u, w = {"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [2.0]])}
-    >>> transport(u, w, {"w": jnp.array([[0.0], [3.0]])}, so.Sphere())
+    >>> so.geometry.transport(u, w, {"w": jnp.array([[0.0], [3.0]])}, so.Sphere())
     {'w': Array([[-3.],
            [ 0.]], dtype=float32)}
 
@@ -237,7 +237,7 @@ def exp(point: Params, velocity: Params, spheres: Spheres) -> Params:
       ValueError: if `spheres` does not fit `point`.
 
     >>> u, v = {"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [jnp.pi / 2]])}
-    >>> exp(u, v, so.Sphere())
+    >>> so.geometry.exp(u, v, so.Sphere())
     {'w': Array([[-0.],
            [ 1.]], dtype=float32)}
 
@@ -271,7 +271,7 @@ def log(start: Params, end: Params, spheres: Spheres) -> Params:
       ValueError: if `spheres` does not fit `start`.
 
     >>> u, w = {"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [2.0]])}
-    >>> log(u, w, so.Sphere())
+    >>> so.geometry.log(u, w, so.Sphere())
     {'w': Array([[0.   ],
            [1.571]], dtype=float32)}
 
@@ -303,7 +303,7 @@ def retract(point: Params, velocity: Params, spheres: Spheres, radius: Any = Non
       ValueError: if `spheres` does not fit `point`.
 
     >>> x, v = {"w": jnp.array([[3.0], [0.0]])}, {"w": jnp.array([[0.0], [4.0]])}
-    >>> retract(x, v, so.Sphere(), radius=10.0)
+    >>> so.geometry.retract(x, v, so.Sphere(), radius=10.0)
     {'w': Array([[6.],
            [8.]], dtype=float32)}
 
@@ -345,7 +345,7 @@ def angle(start: Params, end: Params, spheres: Spheres) -> PerGroup:
       ValueError: if `spheres` does not fit `start`.
 
     >>> x, y = {"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[1.0], [1e-3]])}
-    >>> angle(x, y, so.Sphere())
+    >>> so.geometry.angle(x, y, so.Sphere())
     {'w': Array([[0.001]], dtype=float32)}
 
     Source: d_S of section 2.1 of the paper.

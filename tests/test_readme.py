@@ -24,7 +24,7 @@ def test_python_blocks_run():
     assert names["union"](one, other) == {"a": so.Sphere(), "b": so.Sphere(()), "c": None}
 
 
-@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", readme.PAGES, ids=["README", "benchmarks/README"])
 def test_the_numbers_are_those_of_the_results(page):
     text = page.read_text("utf-8")
     assert readme.render(page, text) == text, "run: python -m benchmarks.readme"

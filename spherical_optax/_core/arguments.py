@@ -3,7 +3,9 @@
 import reprlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -27,17 +29,33 @@ def reject_schedule(
     return value
 
 
-def require_constant_decay(caller: str, value: Any) -> Any:
-    """Returns the rate of decay, and raises if it is a schedule: Optax accepts none either.
+def reject_number(caller: str, spheres: Any, instead: str) -> None:
+    """Raises a ValueError if the ignored `spheres` is a number: Optax has another argument there."""
+    if isinstance(spheres, int | float):
+        raise ValueError(
+            f"{caller}: spheres is {spheres!r}; its place is the second, and {instead}"
+        )
 
-    A rate in low precision is refused too: 0.999 in bfloat16 is 1, and the step NaN.
-    """
+
+def require_number(caller: str, name: str, value: Any) -> Any:
+    """Returns the number, and raises a ValueError if it is none; it may be traced."""
     reject_schedule(
         caller,
         value,
-        "for a schedule of a rate of decay, write "
-        "optax.inject_hyperparams(so.adamp, static_args='spheres')(1e-3, spheres, b1=schedule)",
+        f"{name} has to be a number. For a schedule, wrap the optimizer, as in "
+        "optax.inject_hyperparams(so.adamsrt, static_args='spheres')(1e-3, spheres, b2=schedule)",
     )
+    if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+        raise ValueError(f"{caller}: {name} is {reprlib.repr(value)}, not a number")
+    return value
+
+
+def require_decay(caller: str, value: Any) -> Any:
+    """Returns a rate of decay, and raises a ValueError if it is no number or of low precision.
+
+    In bfloat16 0.999 is 1, and the step would be NaN.
+    """
+    require_number(caller, "the rate of decay", value)
     dtype = jnp.result_type(value)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ValueError(
@@ -63,6 +81,6 @@ def get_weight_decay(weight_decay: optax.ScalarOrSchedule, count: Any) -> Any:
 def require_params(params: Any) -> Any:
     if params is None:
         raise ValueError(
-            "this transformation moves with the parameters: call update(updates, state, params)"
+            "this transformation needs the parameters: call update(updates, state, params)"
         )
     return params

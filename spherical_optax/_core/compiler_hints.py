@@ -1,4 +1,4 @@
-"""Hints to XLA that change no result: the only file of the package that is about a compiler.
+"""Hints to XLA: values and dependencies that change no result.
 
 Every hint names the version of JAX, the figure for which it is here, and the test that fails without it.
 A test also fails when the compiler no longer needs the hint: then the hint goes.

@@ -19,7 +19,7 @@ from spherical_optax._core.boxes import (
     put_in_box_per_group,
     to_dictionaries,
 )
-from spherical_optax._core.paths import Path, leaves_with_paths
+from spherical_optax._core.paths import Path, list_leaves
 from spherical_optax._core.safe_math import upcast
 from spherical_optax._core.shapes import Params, PerGroup, Shape
 
@@ -180,6 +180,19 @@ class Groups:
         """(how the leaf splits, its entry in each of the trees), leaf by leaf."""
         return zip(self.leaves, *map(self.list_leaves, trees), strict=True)
 
+    def _check_shapes(self, trees: Sequence[Any], per_group: bool = False) -> None:
+        """Raises if an array on spheres has another shape than its parameter: it might broadcast."""
+        for path, (leaf, *arrays) in zip(self.paths, self._zip_leaves(trees), strict=True):
+            if leaf is None:
+                continue
+            for x in arrays:
+                expected = (leaf.shape, leaf.group_shape) if per_group else (leaf.shape,)
+                if x is not None and jnp.shape(x) not in expected:
+                    raise ValueError(
+                        f"{'/'.join(path)!r} has shape {jnp.shape(x)} in one tree, where "
+                        f"{' or '.join(map(str, dict.fromkeys(expected)))} fits the spheres"
+                    )
+
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """A tree like the parameters, without boxes."""
         return jax.tree.unflatten(self.treedef, leaves)
@@ -190,6 +203,7 @@ class Groups:
 
     def sum(self, f: Callable[..., jax.Array], *trees: Any) -> PerGroup:
         """Group-sized sum of f(*leaves) over each group, in at least float32."""
+        self._check_shapes(trees)
         sums: list[Any] = [
             None if leaf is None else leaf.sum(f(*map(upcast, arrays)))
             for leaf, *arrays in self._zip_leaves(trees)
@@ -229,6 +243,9 @@ class Groups:
 
         `rest` are trees shaped like `tree`, or group-sized; f gets them in at least float32.
         """
+
+        self._check_shapes((tree,))
+        self._check_shapes(rest, per_group=True)
 
         def apply(leaf: ArrayGroups | None, x: Any, *others: Any) -> Any:
             if x is None:
@@ -299,7 +316,7 @@ class Groups:
           state: the tree of the state, which is not in boxes.
           full: whether its entries off the spheres have the shapes of the parameters.
         """
-        found = dict(leaves_with_paths(state, lambda x: x is None)[0])
+        found = dict(list_leaves(state))
         for path, shape, leaf in zip(self.paths, self.shapes, self.leaves, strict=True):
             if shape is None:  # no update: the state stays as it is
                 continue

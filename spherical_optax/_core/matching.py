@@ -1,4 +1,4 @@
-"""Spheres meet parameters: every `spheres` argument is matched with a tree here, by path."""
+"""Matches every `spheres` argument with a tree of arrays, by path."""
 
 import dataclasses
 import inspect
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from spherical_optax._core.boxes import is_end, to_dictionaries
 from spherical_optax._core.groups import ArrayGroups, Groups
-from spherical_optax._core.paths import Path, join_paths, leaves_with_paths
+from spherical_optax._core.paths import Path, join_paths, leaves_with_paths, list_leaves
 from spherical_optax._core.sphere import Sphere, Spheres
 
 
@@ -41,7 +41,7 @@ def spheres_where(
         matches (the message lists the paths).
 
     >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.zeros(8)}}
-    >>> spheres_where(params, r"Conv_\d+/kernel")
+    >>> so.spheres_where(params, r"Conv_\d+/kernel")
     {'Conv_0': {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}}
 
     Source: section 2.1 of "A spherical analysis of Adam with Batch Normalization" for the spheres.
@@ -71,7 +71,10 @@ def spheres_where(
 
 
 def _count_required_arguments(function: Callable[..., bool]) -> int:
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some functions of C have no signature, such as "conv".startswith
+        return 1
     return sum(p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
 
 
@@ -80,14 +83,14 @@ def match(spheres: Spheres, tree: Any) -> Groups:
 
     Because paths are compared and not containers, a dict of spheres serves a FrozenDict, an `nnx.State`
     or a dataclass with the same names. `spheres` may have entries for leaves that `optax.masked` or
-    Equinox has taken out of `tree`.
+    Equinox has taken out of `tree`. A `Groups` is returned as it is, unchecked.
 
     Raises:
       ValueError: naming path, shape and spec, if structure, axes, blocks or ties do not fit.
     """
     if isinstance(spheres, Groups):
         return spheres
-    leaves, _ = leaves_with_paths(tree, lambda x: x is None)
+    leaves = list_leaves(tree)
     chosen = assign_specs(spheres, tree)
     split = [
         None if (spec := chosen[path]) is None else _split_array("/".join(path), spec, leaf)
@@ -99,6 +102,30 @@ def match(spheres: Spheres, tree: Any) -> Groups:
     return Groups(treedef, [path for path, _ in leaves], shapes, tied, ties)
 
 
+def match_updates(spheres: Spheres, updates: Any, params: Any) -> Groups:
+    """Matches `spheres` with the updates of a step, which have to fit the parameters if these are given.
+
+    An update may be None, as Equinox leaves parameters out; its entry then has no spheres.
+
+    Raises:
+      ValueError: as `match`; or naming the path, if a parameter has no update, or one of another shape.
+    """
+    if params is not None:
+        given = dict(list_leaves(updates))
+        for path, x in list_leaves(params):
+            if path not in given:
+                raise ValueError(
+                    f"the updates have no entry {'/'.join(path)!r}; give it zeros or None"
+                )
+            g = given[path]
+            if g is not None and x is not None and jnp.shape(g) != jnp.shape(x):
+                raise ValueError(
+                    f"the update of {'/'.join(path)!r} has shape {jnp.shape(g)}, and the parameter "
+                    f"{jnp.shape(x)}"
+                )
+    return match(spheres, updates)
+
+
 def is_asked(spheres: Any) -> bool:
     """Whether `spheres` is a function of the parameters: a module of spheres is callable too."""
     return callable(spheres) and jax.tree_util.all_leaves([spheres])
@@ -108,7 +135,7 @@ def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
     if spheres is Sphere:
         raise ValueError("spheres is the class Sphere; write Sphere(), with parentheses")
-    leaves, _ = leaves_with_paths(tree, lambda x: x is None)
+    leaves = list_leaves(tree)
     # There are no arrays: the tree is empty, or the placeholder of `optax.tree.map_params`.
     if all(leaf is None for _, leaf in leaves):
         return {path: None for path, _ in leaves}

@@ -36,6 +36,11 @@ def leaves_with_paths(
     return [(path, x) for path, x in leaves if x is not None or is_leaf(x)], treedef
 
 
+def list_leaves(tree: Any) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with their paths; a None is a leaf."""
+    return leaves_with_paths(tree, lambda x: x is None)[0]
+
+
 def join_paths(paths: Any) -> str:
     """At most 20 paths as text for an error message, and the number of the others."""
     names = ["/".join(path) or "(the whole tree)" for path in paths]

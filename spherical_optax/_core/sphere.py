@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Sphere:
@@ -33,9 +35,9 @@ class Sphere:
       ValueError: if `index_axes` are not distinct integers, if `blocks` is not a positive integer or
         there is no axis to cut, or if `tie` is not a string.
 
-    >>> Sphere()  # one sphere per output channel
+    >>> so.Sphere()  # one sphere per output channel
     Sphere(index_axes=(-1,), blocks=None, tie=None)
-    >>> Sphere((), tie="Dense_0")  # a whole layer, together with its bias
+    >>> so.Sphere((), tie="Dense_0")  # a whole layer, together with its bias
     Sphere(index_axes=(), blocks=None, tie='Dense_0')
 
     Source: "A spherical analysis of Adam with Batch Normalization", section 2.1, appendices A, B.
@@ -48,7 +50,9 @@ class Sphere:
     def __post_init__(self):
         axes = self.index_axes
         axes = tuple(axes) if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
-        object.__setattr__(self, "index_axes", axes)
+        object.__setattr__(self, "index_axes", tuple(map(_to_int, axes)))
+        object.__setattr__(self, "blocks", _to_int(self.blocks))
+        axes = self.index_axes
         if not all(type(a) is int for a in axes) or len(set(axes)) < len(axes):
             raise ValueError(f"{self}: index_axes must be distinct integers")
         if self.blocks is not None and not (type(self.blocks) is int and self.blocks > 0):
@@ -57,6 +61,11 @@ class Sphere:
             raise ValueError(f"{self}: blocks cut the last index axis, and there is none")
         if not (self.tie is None or isinstance(self.tie, str)):
             raise ValueError(f"{self}: tie must be a string or None")
+
+
+def _to_int(x: Any) -> Any:
+    """A NumPy integer as a Python integer; anything else as it is."""
+    return int(x) if isinstance(x, np.integer) else x
 
 
 # The type of every `spheres` argument: a tree of `Sphere | None` shaped like the parameters, a prefix of

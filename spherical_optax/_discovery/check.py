@@ -119,9 +119,9 @@ def check_spheres(
     ...     y = x @ params["kernel"]
     ...     return y / jnp.sqrt(jnp.mean(y**2, 1, keepdims=True) + 1e-6)
     >>> params = {"kernel": jnp.ones((4, 3))}
-    >>> check_spheres(fn, params, so.Sphere(()), key=jax.random.key(1)).ok
+    >>> so.check_spheres(fn, params, so.Sphere(()), key=jax.random.key(1)).ok
     True
-    >>> check_spheres(fn, params, so.Sphere((-1,)), key=jax.random.key(1)).ok
+    >>> so.check_spheres(fn, params, so.Sphere((-1,)), key=jax.random.key(1)).ok
     False
 
     Source: section 2.1 and Lemma 1 of "A spherical analysis of Adam with Batch Normalization".

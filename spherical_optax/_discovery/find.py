@@ -76,10 +76,12 @@ def find_spheres(
     in which groups. `survey_spheres` shows the evidence, and `check_spheres` tests the answer.
 
     What `fn` has to be: the function of the parameters that is trained, for one fixed batch and with
-    everything as in training. BatchNorm is in training mode, and dropout has a fixed key. The batch has
-    eight examples or more, of real data or noise: constant images have no variance to normalise by, and
-    of two images normalisation leaves no more than the sign. The outputs are logits or loss or any tree
-    of both, but not new running statistics, which do depend on the scale of the weights.
+    everything as in training. BatchNorm is in training mode, and dropout has a fixed key. Images have
+    the size of the training images, and no penalty on the weights is part of `fn`. The batch has eight
+    examples or more, of real data or noise: constant images have no variance to normalise by, and with
+    two images, BatchNorm maps every feature to +1 and -1, so that only a sign is left. The outputs are
+    logits or loss or any tree of both, but not new running statistics, which do depend on the scale of
+    the weights.
 
     What it costs: one compilation and at most ten gradients of `fn`.
 
@@ -111,8 +113,9 @@ def find_spheres(
     an eps is drowned. It is on spheres if its figure is below `tol` in each of the three, small in the
     seven, and falls in between to rounding or with the square of the radius, as an eps does. The figure
     of a nonlinearity that saturates, or of a branch that drowns its shortcut, falls with the radius
-    only. Were its figures independent |N(0, 1)|, a candidate of one group would pass with a probability
-    below 1e-12, and one of more groups with less.
+    only. If the figures were independent and distributed like |N(0, 1)|, a
+    candidate of one group would pass with a probability below 1e-12; with more groups it is less likely
+    still.
 
     Args:
       fn: the function of the parameters, as described above.
@@ -141,7 +144,7 @@ def find_spheres(
     ...     y = x @ params["kernel"] + params["bias"]
     ...     return (y - y.mean(0, keepdims=True)) / jnp.sqrt(y.var(0, keepdims=True) + 1e-5)
     >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros((1, 3))}
-    >>> find_spheres(fn, params, key=jax.random.key(1))
+    >>> so.find_spheres(fn, params, key=jax.random.key(1))
     {'bias': None, 'kernel': Sphere(index_axes=(-1,), blocks=None, tie=None)}
 
     Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
@@ -175,7 +178,8 @@ def survey_spheres(
     ...     y = x @ params["kernel"]
     ...     return params["scale"] * y / jnp.sqrt(jnp.mean(y**2, 1, keepdims=True) + 1e-6)
     >>> params = {"kernel": jnp.ones((4, 3)), "scale": jnp.ones((1, 3))}
-    >>> [(f.path, f.verdict) for f in survey_spheres(fn, params, key=jax.random.key(1)).findings]
+    >>> survey = so.survey_spheres(fn, params, key=jax.random.key(1))
+    >>> [(f.path, f.verdict) for f in survey.findings]
     [('kernel', 'sphere'), ('scale', 'no')]
 
     Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import optax
 
+from spherical_optax._core.arguments import reject_number
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
@@ -61,7 +62,8 @@ def adam(
       `optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(...))`.
 
     Raises:
-      ValueError: in `update`, if `params` is missing and `weight_decay` is not 0.
+      ValueError: if `spheres` is a number; in `update`, if `params` is missing and `weight_decay` is
+        not 0.
 
     >>> tx = so.adam(0.1, weight_decay=1e-4)
     >>> params = {"kernel": jnp.ones(3)}
@@ -71,7 +73,7 @@ def adam(
 
     Source: [7-9]; Kingma and Ba, "Adam: a method for stochastic optimization" (2015).
     """
-    del spheres
+    reject_number("adam", spheres, "b1 and b2 follow it")
     a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
     b = rms(b2, eps, weight_decay=weight_decay)
     return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))

@@ -9,7 +9,7 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.boxes import with_open_boxes
-from spherical_optax._core.matching import match
+from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
 from spherical_optax._core.shapes import Scalar, Transformation
@@ -81,7 +81,7 @@ def _scale_by_mirrored_radius(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).with_tangent_space()
+        groups = match_updates(spheres, updates, params).with_tangent_space()
         eta, decay = (h(state.count) if callable(h) else h for h in (learning_rate, weight_decay))
         shrink = 1 - jnp.asarray(eta * decay)
         square = geometry.dot(require_params(params), params, groups)

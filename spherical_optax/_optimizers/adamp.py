@@ -9,7 +9,7 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._core.arguments import get_weight_decay, is_constant_zero, require_params
 from spherical_optax._core.boxes import with_open_boxes
-from spherical_optax._core.matching import match
+from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_zero, sqrt
 from spherical_optax._core.shapes import Scalar, Transformation
@@ -138,7 +138,7 @@ def sgdp(
             spheres,
             _scale_weight_decay(weight_decay, momentum),
             Guess(delta, eps, wd_ratio),
-            into_trace=not nesterov,
+            store_in_trace=not nesterov,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -179,7 +179,7 @@ def _remove_radial_part(
     spheres: Spheres,
     weight_decay: Scalar,
     guess: Guess,
-    into_trace: bool = False,
+    store_in_trace: bool = False,
 ) -> Transformation:
     """Removes the radial part of the steps of `direction`, and adds decoupled weight decay.
 
@@ -187,7 +187,7 @@ def _remove_radial_part(
       direction: the transformation that yields p.
       spheres, weight_decay: as in `adamp`.
       guess: how to guess the spheres, if `spheres` is None; the factor of the weight decay in any case.
-      into_trace: store the tangential step, before weight decay, as the momentum of `direction`.
+      store_in_trace: store the tangential step, before weight decay, as the momentum of `direction`.
     """
 
     def init(params):
@@ -198,17 +198,17 @@ def _remove_radial_part(
         params = require_params(params)
         inner: Any
         steps, inner = direction.update(updates, state.direction, params, **extra_args)
-        if into_trace:
+        if store_in_trace:
             steps = drop_missing(updates, inner.trace)  # in the dtype of the momentum
         if spheres is None:
             steps, decay_factors = _project_guessed(updates, steps, params, guess)
         else:
-            groups = match(spheres, steps).with_tangent_space()
+            groups = match_updates(spheres, steps, params).with_tangent_space()
             steps = geometry.project(params, steps, groups)
             decay_factors = groups.label(
                 steps, lambda leaf: 1.0 if leaf is None else guess.wd_ratio
             )
-        if into_trace:
+        if store_in_trace:
             inner = inner._replace(trace=_fill_missing(steps, inner.trace))
         steps = cast_like(steps, params)
         decay = get_weight_decay(weight_decay, state.count)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from spherical_optax._core.arguments import reject_number
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
@@ -42,7 +43,7 @@ def sgd(
       A `GradientTransformationExtraArgs`. State per parameter: m, or nothing.
 
     Raises:
-      ValueError: in `update`, if `params` is missing.
+      ValueError: if `spheres` is a number; in `update`, if `params` is missing.
 
     >>> tx = so.sgd(0.1, momentum=0.9, weight_decay=0.5)
     >>> params = {"kernel": jnp.array([2.0])}
@@ -51,7 +52,7 @@ def sgd(
 
     Source: equations [5] and [6] of the paper.
     """
-    del spheres
+    reject_number("sgd", spheres, f"write momentum={spheres!r}")
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.stateless(cast_like)

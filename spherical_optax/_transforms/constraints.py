@@ -17,7 +17,7 @@ from spherical_optax import geometry
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
-from spherical_optax._core.matching import match
+from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_or_one, is_zero, upcast
 from spherical_optax._core.sphere import Spheres
@@ -52,7 +52,7 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).with_tangent_space()
+        groups = match_updates(spheres, updates, params).with_tangent_space()
         return cast_like(geometry.project(require_params(params), updates, groups), params), state
 
     return optax.GradientTransformationExtraArgs(
@@ -87,7 +87,7 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).with_tangent_space()
+        groups = match_updates(spheres, updates, params).with_tangent_space()
         factor = groups.map_per_group(
             lambda r, q: jnp.where(is_zero(r), 1.0, divide_or_one(r, q)),
             geometry.norm(require_params(params), groups),
@@ -162,7 +162,7 @@ def retract(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(spheres, updates).with_tangent_space()
+        groups = match_updates(spheres, updates, params).with_tangent_space()
         wanted: Any = None if isinstance(radius, str) else radius
         if keep:
             # A filter that starts at zero has no initial radius: it keeps its first radius above zero.
@@ -186,7 +186,11 @@ def retract(
 def _is_radius(radius: Any) -> bool:
     if isinstance(radius, str):
         return radius in ("current", "initial")
-    if radius is None or isinstance(radius, bool) or callable(radius) or np.ndim(radius):
+    if isinstance(radius, bool) or not isinstance(
+        radius, int | float | np.number | np.ndarray | jax.Array
+    ):
+        return False
+    if jnp.ndim(radius):
         return False
     return isinstance(radius, Tracer) or 0 < float(radius) < float("inf")
 

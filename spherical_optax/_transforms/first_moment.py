@@ -74,13 +74,13 @@ class Momentum:
         return {"mx", "xx"} if self.rescale else {"mx", "xx", "gx", "mm"}
 
     @property
-    def keeps(self) -> bool:
+    def has_number_per_group(self) -> bool:
         """Whether the state holds one number per group."""
         return self.transport != self.rescale
 
     def init(self, params: Any) -> Any:
         groups = match(self.spheres, params).with_tangent_space()
-        return groups.make_zeros(params) if self.keeps else None
+        return groups.make_zeros(params) if self.has_number_per_group else None
 
     def update(
         self,
@@ -93,15 +93,17 @@ class Momentum:
         groups: Groups,
     ) -> tuple[Any, Any]:
         """Computes the new momentum, and the new number per group if the state holds one."""
-        step_on = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
+        move_on_spheres = functools.partial(first_moment, decay=self.decay, gain=self.gain, l2=l2)
 
-        def step_off(m, g, x, *_):
+        def average_off_spheres(m, g, x, *_):
             return mix_arrays(add_decay(g, x, l2), m, self.decay, self.gain)
 
-        if self.keeps:
+        if self.has_number_per_group:
             before, kept = kept, groups.read_state("kept", kept)
         if self.transport and self.rescale:
-            m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, off=step_off)
+            m = groups.map_arrays(
+                move_on_spheres, m, g, x, products.mx, products.xx, off=average_off_spheres
+            )
             return m, None
         if self.transport:
             radial = groups.map_per_group(
@@ -112,7 +114,9 @@ class Momentum:
             )
             # The sum over the parameters has to come before they are overwritten: see `depend_on`.
             stretch = groups.map_per_group(depend_on, stretch, radial)
-            m = groups.map_arrays(step_on, m, g, x, products.mx, products.xx, stretch, off=step_off)
+            m = groups.map_arrays(
+                move_on_spheres, m, g, x, products.mx, products.xx, stretch, off=average_off_spheres
+            )
             # The transported momentum is tangential: only the new term has a radial part.
             radial = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
             return m, groups.keep_off(radial, before)
@@ -134,6 +138,7 @@ def _restore_length(
     """
     radial_now = divide_or_zero(mx, sqrt(xx, OTHER_ZERO), OTHER_ZERO)
     old, new = mm - radial_before * radial_before, mm - radial_now * radial_now
+    # 100 eps is more than the rounding of the sums; the eps of m's own dtype is that of a stored m.
     rounding = mm * max(100 * float(jnp.finfo(mm.dtype).eps), float(jnp.finfo(m.dtype).eps))
     known = (old > rounding) & (new > rounding) & ~is_zero(xx)
     return jnp.sqrt(jnp.where(known, old, 1.0) / jnp.where(known, new, 1.0))

@@ -8,7 +8,7 @@ import optax
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
-from spherical_optax._core.matching import match
+from spherical_optax._core.matching import match_updates
 from spherical_optax._core.sphere import Spheres
 
 
@@ -69,7 +69,7 @@ def to_transformation(block: Block) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        groups = match(block.spheres, updates).with_tangent_space()
+        groups = match_updates(block.spheres, updates, params).with_tangent_space()
         products = compute_inner_products(
             block.inner_products, groups, g=updates, x=params, m=block.get_momentum(state)
         )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.arguments import get_weight_decay, require_constant_decay
+from spherical_optax._core.arguments import get_weight_decay, require_decay
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.sphere import Spheres
@@ -182,7 +182,7 @@ class Ema:
     accumulator_dtype: Any | None = None
 
     def __post_init__(self):
-        require_constant_decay("ema", self.decay)
+        require_decay("ema", self.decay)
 
     @property
     def momentum(self) -> Momentum:
@@ -229,7 +229,7 @@ class Trace:
     accumulator_dtype: Any | None = None
 
     def __post_init__(self):
-        require_constant_decay("trace", self.decay)
+        require_decay("trace", self.decay)
 
     @property
     def momentum(self) -> Momentum:

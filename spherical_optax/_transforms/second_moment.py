@@ -12,7 +12,8 @@ import optax
 from spherical_optax._core.arguments import (
     get_weight_decay,
     is_constant_zero,
-    require_constant_decay,
+    require_decay,
+    require_number,
 )
 from spherical_optax._core.compiler_hints import OTHER_ZERO
 from spherical_optax._core.groups import Groups
@@ -124,7 +125,7 @@ def _replace_zero_radius(xx: OfGroups) -> OfGroups:
     """Returns r^2, or 2^-60 at radius zero.
 
     The state of a group of radius zero is then 2^-60 v: v follows from it at this step, and it is
-    negligible at later steps.
+    negligible at later steps (2^-60 is the square of a radius of 1e-9).
     """
     return jnp.where(is_zero(xx), 2.0**-60, xx)
 
@@ -141,7 +142,8 @@ class Rms:
     weight_decay: optax.ScalarOrSchedule = 0.0
 
     def __post_init__(self):
-        require_constant_decay("rms", self.decay)
+        require_decay("rms", self.decay)
+        require_number("rms", "eps", self.eps)
         if self.reduce not in ("mean", "sum"):
             raise ValueError(f"rms: reduce is {self.reduce!r}, not 'mean' or 'sum'")
 

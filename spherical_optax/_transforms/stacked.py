@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from spherical_optax._core.arguments import require_transformation
 from spherical_optax._core.boxes import is_end, is_sharded_by_box, open_box
 from spherical_optax._core.matching import assign_specs, match
-from spherical_optax._core.paths import Path, leaves_with_paths
+from spherical_optax._core.paths import Path, leaves_with_paths, list_leaves
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._core.trees import is_placeholder
 
@@ -120,8 +121,8 @@ class Stacking:
                 stays = _encode_path(path) in before.alone
             else:
                 tied = sphere is not None and sphere.tie is not None
-                stays = x is None or jnp.size(x) >= self.below or tied or _is_sharded(box)
-            if not stays:
+                stays = x is None or tied or jnp.size(x) >= self.below or _is_sharded(box)
+            if x is not None and not stays:
                 alike[jnp.shape(x), jnp.result_type(x), sphere].append(path)
         if before is None:
             alike = {key: paths for key, paths in alike.items() if len(paths) > 1}
@@ -133,7 +134,10 @@ class Stacking:
         grouped = {path for paths in plan.stacks.values() for path in paths}
         alone = {_encode_path(p): spec for p, spec in plan.specs.items() if p not in grouped}
         stacks = [_add_stack_axis(sphere) for _, _, sphere in plan.stacks]
-        return optax.with_extra_args_support(self.make(Packed(alone, stacks)))
+        tx = self.make(Packed(alone, stacks))
+        return optax.with_extra_args_support(
+            require_transformation("stacked: make(spheres)", tx, "is no optimizer")
+        )
 
     def pack(self, tree: Any, plan: Plan) -> Packed:
         boxes = dict(_list_boxes(tree))
@@ -165,7 +169,7 @@ class Stacking:
 def _list_boxes(tree: Any) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths, in their boxes where they have one."""
     boxes = jax.tree.leaves(tree, is_leaf=is_end)
-    leaves, _ = leaves_with_paths(tree, lambda x: x is None)
+    leaves = list_leaves(tree)
     return [(path, box) for (path, _), box in zip(leaves, boxes, strict=True)]
 
 

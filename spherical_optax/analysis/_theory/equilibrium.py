@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from spherical_optax._core.arguments import reject_schedule
 
@@ -43,7 +45,7 @@ def sgd_equilibrium(
       An `Equilibrium`: the angle of one step in radians, and the radius.
 
     Raises:
-      ValueError: if an argument is a schedule.
+      ValueError: if an argument is a schedule, or negative.
 
     >>> so.analysis.sgd_equilibrium(0.1, 5e-4, gradient_norm=1.0, momentum=0.9)
     Equilibrium(angle=Array(0.007, dtype=float32), radius=Array(5.623, dtype=float32))
@@ -85,7 +87,7 @@ def adamw_equilibrium(
       An `Equilibrium`: the angle of one step in radians, and the radius.
 
     Raises:
-      ValueError: if an argument is a schedule.
+      ValueError: if an argument is a schedule, or negative.
 
     >>> so.analysis.adamw_equilibrium(1e-3, 1e-1, size=576)
     Equilibrium(angle=Array(0.003, dtype=float32), radius=Array(1.697, dtype=float32))
@@ -98,4 +100,8 @@ def adamw_equilibrium(
 
 
 def _convert_to_floats(*values: jax.typing.ArrayLike) -> list[jax.Array]:
-    return [jnp.asarray(reject_schedule("equilibrium", x), jnp.result_type(float)) for x in values]
+    for x in values:
+        reject_schedule("equilibrium", x)
+        if not isinstance(x, Tracer) and np.any(np.asarray(x) < 0):
+            raise ValueError(f"equilibrium: {x!r} is negative, and there is no equilibrium")
+    return [jnp.asarray(x, jnp.result_type(float)) for x in values]

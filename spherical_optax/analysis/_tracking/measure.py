@@ -83,7 +83,7 @@ def measure_tracked_step(
     last: Any = None
     for where, part in groups.parts():
         arrays = _Arrays(*([column[i] for i in where] for column in columns))
-        q = _wait_for(last, _fill_missing(arrays.q, arrays.x))
+        q = _wait_for(last, _fill_with_zeros(arrays.q, arrays.x))
         motion = _measure_motion(arrays.x, q, part)
         last = detect_movement(motion.angle)
         rate: Any = [None] * len(where)
@@ -160,7 +160,7 @@ def _compute_step(
     """a / b, and d^{-1/2} ||b||, the root mean square of b in each group."""
     fits: list[FittedDenominator] = arrays.fits
     moments = arrays.first if leaf.has_momentum else arrays.g
-    moments = _wait_for(last, _fill_missing(moments, arrays.x))
+    moments = _wait_for(last, _fill_with_zeros(moments, arrays.x))
     a = [
         upcast(m) / as_dtype(jnp.where(fit.fits, fit.gain, jnp.nan), upcast(m).dtype)
         for m, fit in zip(moments, fits, strict=True)
@@ -254,7 +254,7 @@ def _take_tangent(
     return tangent, part.map_per_group(jnp.sqrt, part.sum(jnp.square, tangent))
 
 
-def _fill_missing(leaves: list[Any], like: list[Any]) -> list[Any]:
+def _fill_with_zeros(leaves: list[Any], like: list[Any]) -> list[Any]:
     """Puts zeros where Equinox leaves out an update."""
     return [jnp.zeros_like(y) if x is None else x for x, y in zip(leaves, like, strict=True)]
 

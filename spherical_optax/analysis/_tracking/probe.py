@@ -12,7 +12,7 @@ import optax
 
 from spherical_optax._core.groups import ArrayGroups, Groups
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.paths import leaves_with_paths
+from spherical_optax._core.paths import leaves_with_paths, list_leaves
 from spherical_optax._core.safe_math import upcast
 from spherical_optax.analysis._tracking.recognise import (
     Recognised,
@@ -20,7 +20,6 @@ from spherical_optax.analysis._tracking.recognise import (
     get_leaf_moments,
     get_moment_names,
     list_arrays,
-    list_leaves,
     recognise,
 )
 
@@ -118,7 +117,8 @@ def fit_denominators(
         return [r and FittedDenominator(gains[r.averaged], given.eps) for r in recognised]
     tiny = _make_tiny(params, groups)
     grads, first, second = (_make_tiny(params, groups, v) for v in (GRADS, FIRST, SECOND))
-    # Counts and hyperparameters are numbers, and those of the step in question.
+    # All single numbers (counts, hyperparameters) are those of the state of the measured step; arrays
+    # stay those of the tiny copy.
     with_numbers = jax.tree.map(_take_number, tx.init(tiny), state)
     updates, after = tx.update(grads, _set_moments(with_numbers, first, second), tiny)
     columns = ([x for _, x in list_leaves(updates)], *get_leaf_moments(after, tiny))
@@ -133,6 +133,7 @@ def fit_denominators(
             q, m, v = (_take_first_group(axis, y) for y in (q, m, v))
             fit = _fit(q, m, v if found.elementwise else None, found.averaged)
             fits[found.node] = _replace_by_given(fit, found.averaged, given)
+    # Without a momentum, or in groups of one coordinate, a is the gradient: there is nothing to fit.
     alone = FittedDenominator(1.0, 0.0)
     return [fits.get(found.node, alone) if found else None for found in recognised]
 

@@ -15,7 +15,7 @@ import optax
 
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments, get_moments
-from spherical_optax._core.paths import Path, leaves_with_paths
+from spherical_optax._core.paths import Path, leaves_with_paths, list_leaves
 
 # The states of Optax that hold moments.
 OPTAX_MOMENTS: dict[type, Moments] = {
@@ -127,11 +127,6 @@ def get_moment_names(node: Any) -> Moments | None:
             f"{', '.join(node._fields)}"
         )
     return names
-
-
-def list_leaves(tree: Any) -> list[tuple[Path, Any]]:
-    """The leaves of a tree with their paths; a None is a leaf."""
-    return leaves_with_paths(tree, lambda x: x is None)[0]
 
 
 def list_arrays(tree: Any) -> list[tuple[Path, Any]]:

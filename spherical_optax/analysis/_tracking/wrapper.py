@@ -61,10 +61,11 @@ def track(
 
     Radius, angle and radial cosine are measured from x and the update q alone, for any optimizer. The
     effective learning rate also needs the a and the b of the step x - eta a / b. They are known for
-    `optax.adam`, `optax.adamw`, `optax.sgd`, the optimizers of this package and every optimizer whose
-    states declare their moments by `MOMENTS`, also in chains, masks, partitions, with schedules and
-    `optax.inject_hyperparams`. The rate is None if the state holds anything else, or if the update is no
-    m / (sqrt(v) + eps): Nesterov's momentum, AdaMax, `eps_root`, a clip by value.
+    `optax.adam`, `optax.adamw`, `optax.sgd`, the optimizers of this package but `so.muonh` and
+    `so.stacked`, and every optimizer whose states declare their moments by `MOMENTS`, also in chains,
+    masks, partitions, with schedules and `optax.inject_hyperparams`. The rate is None if the state holds
+    anything else, or if the update is no m / (sqrt(v) + eps): Nesterov's momentum, AdaMax, `eps_root`, a
+    clip by value.
 
     You do not repeat b1 and eps: `track` works them out from one update of the optimizer on a tiny tree.
     Every update that is measured has to lie along a / b; if one does not, its rate is NaN. A group that
@@ -89,10 +90,10 @@ def track(
     Args:
       tx: any Optax optimizer.
       spheres: how the leaves split into groups.
-      every: the first step is measured, and then one step in so many. Measuring takes a few passes over
+      every: measure step 1, and then one step in every `every`. Measuring takes a few passes over
         parameters and moments (`python -m benchmarks.speed` measures how long).
-      reduce: None stores one number per group, of keepdims shape. A function such as `jnp.median`
-        reduces them to one number per leaf.
+      reduce: None stores one number per group, of keepdims shape. A function of JAX such as
+        `jnp.median` (none of NumPy, which cannot be traced) reduces them to one number per leaf.
       b1: decay of the first moment, for all averages of gradients in the state: a = m / (1 - b1). None:
         `track` works it out.
       eps: the number in b = sqrt(v) + eps, for all second moments per coordinate. None: `track` works it
@@ -191,7 +192,7 @@ class _Tracker:
             return jnp.copy(calls), due, self._reduce_groups(values)
 
         measured = state.step, state.due, kept
-        if not isinstance(calls, Tracer):
+        if not isinstance(is_due, Tracer):
             if is_due:
                 measured = measure(updates)
         else:
