@@ -34,6 +34,7 @@ class Candidate:
       size: the number of coordinates of each group, d.
       groups: the number of groups.
       ruled_out: whether there has been a clear "no", of this candidate or of a coarser one.
+      active: whether each group has had influence, in any probe; of the shape `counts`.
     """
 
     def __init__(self, splits: dict[int, ArrayGroups]):
@@ -42,6 +43,7 @@ class Candidate:
         self.size = sum(split.own_size for split in splits.values())
         self.groups = math.prod(next(iter(splits.values())).counts)
         self.ruled_out = False
+        self.active = np.zeros(next(iter(splits.values())).counts, bool)
         self._figures = Figures(self.groups)
 
     @functools.cached_property
@@ -63,11 +65,24 @@ class Candidate:
         counts = influence > 1e-3 * np.sqrt(np.mean(squares))
         if not counts.any():
             return 0.0
+        self.active |= counts.reshape(self.active.shape)
         figures = np.full(radial.shape, np.nan)
         figures[counts] = np.abs(radial[counts]) / influence[counts]
         self._figures.add(figures, large)
         self.ruled_out = self.ruled_out or self._figures.say_no()
         return float(np.max(np.abs(radial[counts]) / np.sqrt(xx[counts] * gg[counts])))
+
+    @property
+    def is_shown_along_every_axis(self) -> bool:
+        """Whether no index axis has a single active group at most, for any indices along the others.
+
+        Such an axis might as well be summed over. On images of 1 x 1 pixels, a kernel of 3 x 3 taps uses
+        its middle tap alone: that is no evidence for a sphere per tap.
+        """
+        return all(
+            count == 1 or self.active.sum(axis).max() > 1
+            for axis, count in enumerate(self.active.shape)
+        )
 
     @property
     def promising(self) -> bool:

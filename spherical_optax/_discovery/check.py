@@ -14,7 +14,7 @@ from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.candidates import Candidate
 from spherical_optax._discovery.radial_sums import RadialSums, make_radial_sums
 from spherical_optax._discovery.random_points import Function, make_seeds
-from spherical_optax._discovery.scaling import POINTS, Scaling
+from spherical_optax._discovery.scaling import POINTS, RADII, Scaling
 from spherical_optax._discovery.siblings import NO_INFLUENCE
 from spherical_optax._discovery.splits import normalize
 from spherical_optax._discovery.text_table import format_table
@@ -215,7 +215,10 @@ def _judge(scaling: Scaling, arrays: _TiedArrays) -> tuple[float, str]:
 
 def _judge_changed(scaling: Scaling, arrays: _TiedArrays) -> str:
     """The outputs have changed: an eps explains it, or the groups are not invariant."""
-    if scaling.is_explained_by_eps(arrays.leaves):
+    # The largest radius is for an eps as large as the variance. Where the gradient has a large radial part
+    # it might also hide a running average, which is added to the variance like an eps.
+    possible = arrays.candidate.evidence.possible
+    if scaling.is_explained_by_eps(arrays.leaves, RADII if possible else RADII[:-1]):
         return "invariant but for eps"
     tangential = arrays.candidate.evidence.natural < TANGENTIAL
     return "NOT INVARIANT" + (" (but gradient tangential)" if tangential else "")

@@ -117,9 +117,14 @@ def make_seeds(who: str, key: Any, shape: tuple[int, ...]) -> np.ndarray:
     The generator compiles in a third of the time of the default one (normal numbers, CPU, JAX 0.10).
     """
     try:
-        return np.asarray(jax.random.bits(key, (*shape, 4), jnp.uint32))
+        return np.asarray(_draw_bits(key, (*shape, 4)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{who}: key is {key!r}, not one jax.random.key(...)") from error
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _draw_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bits(key, shape, jnp.uint32)
 
 
 def split_seed(seed: Seed, n: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """How much a function changes when groups of its parameters are scaled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,13 +57,15 @@ class Scaling:
             changes += [_compare(b, a) for b, a in zip(before, after, strict=True)]
         return float(np.max(changes))
 
-    def is_explained_by_eps(self, leaves: Mapping[int, ArrayGroups]) -> bool:
-        """Whether the change falls with the square of the radius.
+    def is_explained_by_eps(
+        self, leaves: Mapping[int, ArrayGroups], radii: Sequence[float] = RADII
+    ) -> bool:
+        """Whether the change falls with the square of the radius, from one of the radii to the next.
 
-        Where the eps is larger than the variance that it is added to, this is so at larger radii only.
+        Where the eps is as large as the variance that it is added to, this is so at larger radii only.
         """
         before = self.measure_change(leaves)
-        for radius in RADII:
+        for radius in radii:
             after = self.measure_change(leaves, radius)
             if after < 3 * before / STEP**2 or (radius == 100.0 and after < 0.1 * self.rounding):
                 return True

@@ -75,10 +75,15 @@ class Siblings:
         """The arrays that may still be on a sphere."""
         return {i for c in self._candidates if c.promising for i in c.splits}
 
+    @property
+    def _shown(self) -> list[Candidate]:
+        """The candidates that may hold, and that the probes have shown along every axis."""
+        return [c for c in self._candidates if c.promising and c.is_shown_along_every_axis]
+
     def judge(self, tol: float, rounding: float) -> Iterator[tuple[int, Finding]]:
         """The finding of each array, with its index, after all probes."""
         chosen = self._choose(tol, rounding)
-        close = [c for c in self._candidates if c.promising and c.evidence.is_close(tol)]
+        close = [c for c in self._shown if c.evidence.is_close(tol)]
         for i in self._arrays:
             if i in chosen:
                 yield i, self._judge_chosen(i, chosen, close)
@@ -87,7 +92,7 @@ class Siblings:
 
     def _choose(self, tol: float, rounding: float) -> dict[int, Candidate]:
         """The finest candidates that hold, without overlap, for each of their arrays."""
-        holding = [c for c in self._candidates if c.promising and c.evidence.holds(tol, rounding)]
+        holding = [c for c in self._shown if c.evidence.holds(tol, rounding)]
         chosen: dict[int, Candidate] = {}
         for c in sorted(holding, key=lambda c: c.size):
             # If a kernel alone is as invariant as kernel and bias together, the bias has no effect. If
