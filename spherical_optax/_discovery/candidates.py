@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -94,27 +94,41 @@ class Candidate:
         return self._figures.summarize()
 
 
-def enumerate_candidates(arrays: dict[int, Any], vectors: bool) -> list[Candidate]:
+def enumerate_candidates(
+    arrays: dict[int, Any], vectors: bool, copies: frozenset[int] = frozenset(), near: bool = False
+) -> list[Candidate]:
     """All candidates of the arrays with one parent, from the coarsest to the finest.
 
-    Without `vectors`, at least one array of each candidate is a matrix or larger.
+    Args:
+      arrays: the arrays, by their index.
+      vectors: whether there are candidates of vectors alone.
+      copies: the arrays whose first axis counts copies of a module: a stack of vectors is no matrix.
+      near: whether only arrays that follow one another are tied, as in a flat list.
     """
     splits = {i: list(enumerate_splits(jnp.shape(x))) for i, x in arrays.items()}
+    matrices = {i for i, x in arrays.items() if count_long_axes(x) > (2 if i in copies else 1)}
     found = []
-    for n in range(1, _limit_tied_arrays(len(arrays)) + 1):
-        for tied in itertools.combinations(arrays, n):
-            if vectors or any(count_long_axes(arrays[i]) > 1 for i in tied):
-                found += _combine_splits({i: splits[i] for i in tied})
+    for tied in _enumerate_ties(list(arrays), near):
+        if vectors or not matrices.isdisjoint(tied):
+            found += _combine_splits({i: splits[i] for i in tied})
     return sorted((c for c in found if c.size > 1), key=lambda c: -c.size)
 
 
-def _limit_tied_arrays(arrays: int) -> int:
-    """The largest number of arrays that are tied.
+def _enumerate_ties(arrays: list[int], near: bool) -> Iterator[tuple[int, ...]]:
+    """Every choice of arrays that may be tied, the single arrays included.
 
     Five arrays may be a whole recurrent cell. Among the many arrays of a flat dict, only two (a kernel
     and a bias) are tied, because the number of combinations would explode.
     """
-    return 5 if arrays <= 5 else 3 if arrays <= 8 else 2
+    if near:
+        for k, first in enumerate(arrays):
+            following = arrays[k + 1 : k + 3]
+            for n in range(len(following) + 1):
+                yield from ((first, *rest) for rest in itertools.combinations(following, n))
+        return
+    largest = 5 if len(arrays) <= 5 else 3 if len(arrays) <= 8 else 2
+    for n in range(1, largest + 1):
+        yield from itertools.combinations(arrays, n)
 
 
 def _combine_splits(splits: dict[int, list[ArrayGroups]]) -> list[Candidate]:

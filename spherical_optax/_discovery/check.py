@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from spherical_optax._core.groups import ArrayGroups
-from spherical_optax._core.matching import assign_specs, match
+from spherical_optax._core.matching import assign_specs
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.candidates import Candidate
 from spherical_optax._discovery.radial_sums import RadialSums, make_radial_sums
 from spherical_optax._discovery.random_points import Function, make_seeds
-from spherical_optax._discovery.scaling import POINTS, RADII, Scaling
+from spherical_optax._discovery.scaling import POINTS, RADII, Scaling, group_by_tie
 from spherical_optax._discovery.siblings import NO_INFLUENCE
 from spherical_optax._discovery.splits import normalize
 from spherical_optax._discovery.text_table import format_table
@@ -128,7 +128,7 @@ def check_spheres(
     """
     function = Function("check_spheres", fn, params)
     specs = assign_specs(spheres, params)
-    scaled_together = _group_by_tie(function, spheres, params)
+    scaled_together = list(map(_TiedArrays, group_by_tie(function, spheres, params)))
     seeds = make_seeds("check_spheres", key, (PROBES + POINTS, 2))
     if not scaled_together:
         return CheckReport(())
@@ -178,22 +178,6 @@ class _TiedArrays:
             self.influence = max(self.influence, own / most)
 
 
-def _group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[_TiedArrays]:
-    """The real arrays on spheres, with those together that have to be scaled together."""
-    groups = match(spheres, params)
-    number = {i: n for n, i in enumerate(function.real)}  # an empty array has no number
-    found: list[_TiedArrays] = []
-    for indices, _ in groups.parts():
-        leaves = {
-            number[i]: leaf
-            for i in indices
-            if i in number and (leaf := groups.leaves[i]) is not None
-        }
-        if leaves:
-            found.append(_TiedArrays(leaves))
-    return found
-
-
 def _probe(function: Function, scaled_together: list[_TiedArrays], seeds: np.ndarray) -> None:
     """Takes gradients at random points, and measures their radial parts."""
     for point_seed, cotangent_seed in seeds:
@@ -215,8 +199,8 @@ def _judge(scaling: Scaling, arrays: _TiedArrays) -> tuple[float, str]:
 
 def _judge_changed(scaling: Scaling, arrays: _TiedArrays) -> str:
     """The outputs have changed: an eps explains it, or the groups are not invariant."""
-    # The largest radius is for an eps as large as the variance. Where the gradient has a large radial part
-    # it might also hide a running average, which is added to the variance like an eps.
+    # The largest radius is for an eps as large as the variance. Where the gradient has a large radial
+    # part, it would also pass a running average, which is added to the variance like an eps.
     possible = arrays.candidate.evidence.possible
     if scaling.is_explained_by_eps(arrays.leaves, RADII if possible else RADII[:-1]):
         return "invariant but for eps"

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from spherical_optax._core.groups import ArrayGroups
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.evidence import LARGER
 from spherical_optax._discovery.radial_sums import make_radial_sums
 from spherical_optax._discovery.random_points import Function, make_seeds
+from spherical_optax._discovery.scaling import POINTS, Scaling, group_by_tie
 from spherical_optax._discovery.siblings import Finding, Siblings, group_by_parent
 from spherical_optax._discovery.text_table import format_figure, format_table
 
@@ -50,7 +52,8 @@ class Survey:
       spheres: a tree shaped like the parameters.
       findings: for every real parameter array its `path`, `shape` and `sphere`, the radial figure at the
         `natural` and the `large` radius, and the `verdict`: "sphere", "no", "no influence" (the gradient
-        vanishes, as that of a bias in front of BatchNorm does), "undecided" or "not finite".
+        vanishes, as that of a bias in front of BatchNorm does), "undecided", "L2 penalty" (the gradient
+        has the same part along the parameters in all groups) or "not finite".
     """
 
     spheres: Spheres
@@ -83,7 +86,8 @@ def find_spheres(
     logits or loss or any tree of both, but not new running statistics, which do depend on the scale of
     the weights.
 
-    What it costs: one compilation and at most ten gradients of `fn`.
+    What it costs: one compilation and at most ten gradients of `fn`; with a `stop_gradient` in `fn` one
+    more compilation, and a few evaluations.
 
     What is not looked for:
 
@@ -93,9 +97,10 @@ def find_spheres(
         than eight);
       - arrays of which only a part is on spheres.
 
-    Where it may be wrong: only gradients are measured. With a `stop_gradient` inside a normalisation
-    layer, as in batch renormalisation, a gradient may be tangential although `fn` is not invariant, and
-    such groups may come out on spheres. `check_spheres` tells.
+    Where it may be wrong: gradients decide. With a `stop_gradient` inside a normalisation layer, as in
+    batch renormalisation, a gradient may be tangential although `fn` is not invariant, and such groups
+    come out on spheres. If there is a `stop_gradient` or a derivative defined by hand, `fn` is therefore
+    also evaluated at scaled parameters, and a warning names the arrays with which it changes.
 
     How it decides: on every invariant group <grad L(x), x> = 0 (Lemma 1, Eq. 2), and one gradient shows
     this product for all groups at once. Gradients g of random contractions of the outputs are taken at
@@ -149,8 +154,16 @@ def find_spheres(
 
     Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
     """
-    survey = survey_spheres(fn, params, key=key, tol=tol, vectors=vectors)
+    _require_tolerance(tol)
+    survey, changing = _survey(fn, params, key, tol, vectors)
     _warn(survey.findings)
+    for path in changing:
+        _logger.warning(
+            "find_spheres: %r is on a sphere by its gradient, but fn changes with its scale: there is a "
+            "stop_gradient in a normalisation layer, as in batch renormalisation, and this is no "
+            "invariance. Give it None; so.check_spheres shows the change",
+            path,
+        )
     return survey.spheres
 
 
@@ -184,22 +197,60 @@ def survey_spheres(
 
     Source: Lemma 1 of "A spherical analysis of Adam with Batch Normalization".
     """
-    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
-        raise ValueError(f"find_spheres: tol is {tol!r}, not a number in (0, 1)")
+    _require_tolerance(tol)
+    return _survey(fn, params, key, tol, vectors)[0]
+
+
+def _survey(
+    fn: Callable[[Any], Any], params: Any, key: jax.Array, tol: float, vectors: bool
+) -> tuple[Survey, list[str]]:
+    """The survey, and the paths of arrays on spheres under whose scale `fn` is not invariant."""
     function = Function("find_spheres", fn, params)
     families = group_by_parent(function.paths, function.arrays, vectors)
-    seeds = make_seeds("find_spheres", key, (NATURAL_PROBES + len(LINES), 2))
+    probes = NATURAL_PROBES + len(LINES)
+    seeds = make_seeds("find_spheres", key, (probes + POINTS, 2))
     # Gradients that are not finite are left out later, without NumPy's warnings about them.
     with np.errstate(invalid="ignore", over="ignore"):
         _probe_natural_radius(function, families, seeds[:NATURAL_PROBES])
-        _probe_larger_radius(function, families, seeds[NATURAL_PROBES:])
+        _probe_larger_radius(function, families, seeds[NATURAL_PROBES:probes])
         findings = _judge(function, families, tol)
+        spheres = _to_tree(function, findings)
+        scaling_seeds = seeds[probes:].reshape(2 * POINTS, -1)
+        changing = _find_changing(function, spheres, params, scaling_seeds)
     if all(f.verdict == "not finite" for f in findings.values()):
         raise ValueError(
             "find_spheres: the gradient of fn is finite at none of the random points near params. Check "
             "that fn(params) is finite, and that fn neither divides by zero nor takes its root"
         )
-    return Survey(_to_tree(function, findings), tuple(findings.values()))
+    return Survey(spheres, tuple(findings.values())), changing
+
+
+def _require_tolerance(tol: Any) -> None:
+    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise ValueError(f"find_spheres: tol is {tol!r}, not a number in (0, 1)")
+
+
+def _find_changing(
+    function: Function, spheres: Spheres, params: Any, seeds: np.ndarray
+) -> list[str]:
+    """The paths of arrays on spheres under whose scale `fn` changes, although no gradient says so.
+
+    Only a `stop_gradient`, or a derivative that is defined by hand, makes gradients and outputs
+    disagree. Without them nothing is evaluated.
+    """
+    ties = [] if not function.detaches else group_by_tie(function, spheres, params)
+    leaves = {i: leaf for tie in ties for i, leaf in tie.items()}
+    if not leaves:
+        return []
+    scaling = Scaling(function, leaves, seeds)
+
+    def changes(tied: dict[int, ArrayGroups]) -> bool:
+        change = scaling.measure_change(tied)
+        return change > scaling.rounding and not scaling.is_explained_by_eps(tied)
+
+    if not changes(leaves):  # all at once, which is cheap
+        return []
+    return ["/".join(function.paths[i]) for tied in ties if changes(tied) for i in tied]
 
 
 def _probe_natural_radius(
@@ -273,8 +324,16 @@ def _warn(findings: tuple[Finding, ...]) -> None:
                 format_figure(f.natural) or "not finite",
                 format_figure(f.large) or "not finite",
             )
-    if all(f.sphere is None for f in findings):
+    if penalized := [f.path for f in findings if f.verdict == "L2 penalty"]:
+        _logger.warning(
+            "find_spheres: the gradient of %r, and of %d more, has the same part along the parameters "
+            "in all groups, as that of an L2 penalty has. Leave weight decay out of fn: return logits, "
+            "or the loss without penalty",
+            penalized[0],
+            len(penalized) - 1,
+        )
+    elif all(f.sphere is None for f in findings):
         _logger.warning(
             "find_spheres: no parameter is on a sphere. If there is a normalisation layer: is it in "
-            "training mode in fn, and are the inputs other than constant?"
+            "training mode in fn, are the inputs other than constant, and is there no L2 penalty in fn?"
         )

@@ -41,6 +41,20 @@ class RadialSums:
         radial = abs(float(self.sum_within(make_split(self._x.shape, ()))[0]))
         return radial / self.influence if self.influence > 0 else math.nan
 
+    def find_penalized_axes(self) -> set[int]:
+        """The index axes for which g has the same part along x in all groups, as of an L2 penalty.
+
+        The gradient of lambda ||x||^2 / 2 is lambda x: <x, g> / <x, x> is then lambda in every group of
+        a matrix, up to what an eps adds.
+        """
+        found = set()
+        for axis in self._long if len(self._long) > 1 else ():
+            radial, _, xx, _ = self.sum_within(make_split(self._x.shape, (axis,)))
+            ratio = radial / np.maximum(xx, np.finfo(xx.dtype).tiny)
+            if len(ratio) > 2 and np.std(ratio) < 0.3 * abs(np.mean(ratio)):
+                found.add(axis)
+        return found
+
     def sum_within(self, split: ArrayGroups) -> np.ndarray:
         """The four sums over each group, in float64 on the host: shape (4, *split.counts)."""
         if split not in self._cache:

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.matching import match
+from spherical_optax._core.sphere import Spheres
 from spherical_optax._discovery.random_points import Function
 
 # Groups are scaled at this many random points.
@@ -82,6 +84,22 @@ class Scaling:
             drawn = np.ones(leaf.counts) if seed is None else _draw(seed, leaf.counts)
             factors[i] = _to_array_axes(leaf, radius * drawn)
         return factors
+
+
+def group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[dict[int, ArrayGroups]]:
+    """How the real arrays on spheres split, with those together that have to be scaled together."""
+    groups = match(spheres, params)
+    number = {i: n for n, i in enumerate(function.real)}  # an empty array has no number
+    found = []
+    for indices, _ in groups.parts():
+        leaves = {
+            number[i]: leaf
+            for i in indices
+            if i in number and (leaf := groups.leaves[i]) is not None
+        }
+        if leaves:
+            found.append(leaves)
+    return found
 
 
 def _draw(seed: Any, shape: tuple[int, ...]) -> np.ndarray:

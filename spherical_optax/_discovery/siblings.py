@@ -27,7 +27,7 @@ class Finding(NamedTuple):
       sphere: its sphere, or None.
       natural: its radial figure at the natural radius.
       large: its radial figure at ten times that radius; NaN if it was not measured there.
-      verdict: "sphere", "no", "no influence", "undecided" or "not finite".
+      verdict: "sphere", "no", "no influence", "undecided", "L2 penalty" or "not finite".
     """
 
     path: str
@@ -41,11 +41,20 @@ class Finding(NamedTuple):
 class Siblings:
     """The arrays with one parent, which may form spheres together, by their index."""
 
-    def __init__(self, paths: dict[int, Path], arrays: dict[int, jax.Array], vectors: bool):
+    def __init__(
+        self,
+        paths: dict[int, Path],
+        arrays: dict[int, jax.Array],
+        vectors: bool,
+        copies: frozenset[int] = frozenset(),
+    ):
         self._paths, self._arrays = paths, arrays
         self._influence: dict[int, list[float]] = {i: [] for i in arrays}
         self._figures: dict[int, list[float]] = {i: [] for i in arrays}
-        self._candidates = enumerate_candidates(arrays, vectors)
+        self._penalized: dict[int, set[int]] = {}
+        # The entries of a long list follow one another as the layers do: Keras hands them out so.
+        near = len(arrays) > 5 and all(path[-1].isdigit() for path in paths.values() if path)
+        self._candidates = enumerate_candidates(arrays, vectors, copies, near)
         self._by_key = {c.key: c for c in self._candidates}
 
     def measure(self, all_sums: list[RadialSums], large: np.ndarray) -> None:
@@ -55,6 +64,9 @@ class Siblings:
         for i, s in sums.items():
             self._influence[i].append(s.influence / most)
             self._figures[i].append(s.figure)
+            if not large.any():
+                axes = s.find_penalized_axes()
+                self._penalized[i] = self._penalized.get(i, axes) & axes
         for candidate in self._candidates:
             if self._is_finer_than_a_no(candidate):
                 candidate.ruled_out = True
@@ -130,7 +142,8 @@ class Siblings:
         if rivals:
             evidence = min((c.evidence for c in rivals), key=lambda e: e.large)
             return self._make_finding(i, "undecided", evidence.natural, evidence.large)
-        return self._make_finding(i, "no", natural, math.nan)
+        verdict = "L2 penalty" if self._penalized[i] else "no"
+        return self._make_finding(i, verdict, natural, math.nan)
 
     def _make_finding(
         self, i: int, verdict: str, natural: float, large: float, sphere: Sphere | None = None
@@ -159,7 +172,27 @@ def group_by_parent(paths: list[Path], arrays: list[jax.Array], vectors: bool) -
     for i, path in enumerate(paths):
         parent = "/".join(path).replace(".", "/").rpartition("/")[0]
         parents.setdefault(parent, []).append(i)
+    copies = find_copies(paths, arrays)
     return [
-        Siblings({i: paths[i] for i in indices}, {i: arrays[i] for i in indices}, vectors)
+        Siblings({i: paths[i] for i in indices}, {i: arrays[i] for i in indices}, vectors, copies)
         for indices in parents.values()
     ]
+
+
+def find_copies(paths: list[Path], arrays: list[jax.Array]) -> frozenset[int]:
+    """The arrays whose first axis counts copies of a module: scanned layers, or critics of a `vmap`.
+
+    All arrays below one node of the tree then have a first axis of the same length, none of them has no
+    other axis, and one of them is a matrix in every copy.
+    """
+    below: dict[Path, list[int]] = {}
+    for i, path in enumerate(paths):
+        for n in range(len(path)):
+            below.setdefault(path[:n], []).append(i)
+    found: set[int] = set()
+    for indices in below.values():
+        shapes = [arrays[i].shape for i in indices]
+        alike = len({shape[:1] for shape in shapes}) == 1 and min(map(len, shapes)) > 1
+        if len(shapes) > 1 and alike and shapes[0][0] > 1 and max(map(len, shapes)) > 2:
+            found.update(indices)
+    return frozenset(found)
