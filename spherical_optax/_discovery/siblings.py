@@ -51,7 +51,8 @@ class Siblings:
         self._paths, self._arrays = paths, arrays
         self._influence: dict[int, list[float]] = {i: [] for i in arrays}
         self._figures: dict[int, list[float]] = {i: [] for i in arrays}
-        self._penalized: dict[int, set[int]] = {}
+        self._penalized: dict[int, set[int]] = {}  # the axes found in all probes at natural radii
+        self._enlarged = False
         # The entries of a long list follow one another as the layers do: Keras hands them out so.
         near = len(arrays) > 5 and all(path[-1].isdigit() for path in paths.values() if path)
         self._candidates = enumerate_candidates(arrays, vectors, copies, near)
@@ -60,11 +61,12 @@ class Siblings:
     def measure(self, all_sums: list[RadialSums], large: np.ndarray) -> None:
         """Takes in a probe: the sums of all arrays, and which arrays are at the larger radius."""
         sums = {i: all_sums[i] for i in self._arrays}
+        self._enlarged = self._enlarged or bool(large.any())
         most = max((s.influence for s in sums.values() if s.influence > 0), default=1.0)
         for i, s in sums.items():
             self._influence[i].append(s.influence / most)
             self._figures[i].append(s.figure)
-            if not large.any():
+            if not self._enlarged:
                 axes = s.find_penalized_axes()
                 self._penalized[i] = self._penalized.get(i, axes) & axes
         for candidate in self._candidates:
