@@ -7,7 +7,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from spherical_optax._core.arguments import require_params, require_transformation
-from spherical_optax._core.boxes import with_open_boxes
+from spherical_optax._core.boxes import box_like, to_dictionaries, with_open_boxes
 from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import upcast
@@ -194,12 +194,15 @@ def muonh(
         return optax.partition({"muon": muon, "adam": adam}, lambda _: labels)
 
     def init(params):
+        params = to_dictionaries(params)  # `optax.partition` cannot mask the leaves of a FlatMap
         return partition_by_shape(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
         # The shapes are those of the parameters, because any of the updates may be missing.
-        tx = partition_by_shape(require_params(params))
-        return tx.update(updates, state, params, **extra_args)
+        x = to_dictionaries(require_params(params))
+        tx = partition_by_shape(x)
+        found, state = tx.update(to_dictionaries(updates), state, x, **extra_args)
+        return box_like(updates, found), state
 
     directions = optax.GradientTransformationExtraArgs(init, update)
     inner = optax.chain(directions, add_decay_off_spheres(spheres, weight_decay))

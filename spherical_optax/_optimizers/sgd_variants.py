@@ -16,6 +16,7 @@ from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 from spherical_optax._transforms.momentum import trace
+from spherical_optax._transforms.weight_decay import add_decayed_weights
 
 
 def sgd(
@@ -54,7 +55,7 @@ def sgd(
     """
     reject_number("sgd", spheres, f"write momentum={spheres!r}")
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay),
         optax.stateless(cast_like)
         if momentum is None
         else trace(momentum, accumulator_dtype=mu_dtype),
@@ -103,7 +104,7 @@ def sgd_mrt(
     part of m.
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay),
         trace(momentum, spheres, transport=True, rescale=True, accumulator_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )

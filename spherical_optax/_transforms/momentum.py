@@ -37,8 +37,8 @@ class TraceState(NamedTuple):
 
     MOMENTS = Moments(sum="trace")
 
-    trace: optax.Updates
     kept: Any  # as in `EmaState`
+    trace: optax.Updates
 
 
 def ema(
@@ -244,7 +244,7 @@ class Trace:
 
     def init(self, params: Any) -> TraceState:
         sums = optax.tree.zeros_like(params, dtype=self.accumulator_dtype)
-        return TraceState(sums, self.momentum.init(params))
+        return TraceState(kept=self.momentum.init(params), trace=sums)
 
     def update(
         self, updates: Any, state: TraceState, params: Any, products: InnerProducts, groups: Groups
@@ -254,4 +254,4 @@ class Trace:
         )
         out = mix(updates, sums, self.decay, 1) if self.nesterov else sums
         out = cast_like(drop_missing(updates, out), params)
-        return out, TraceState(cast_like(sums, state.trace), kept)
+        return out, TraceState(kept=kept, trace=cast_like(sums, state.trace))

@@ -1,9 +1,35 @@
-"""Weight decay off the spheres."""
+"""Weight decay, everywhere or off the spheres."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import optax
 
+from spherical_optax._core.boxes import box_like, to_dictionaries
 from spherical_optax._core.matching import match
 from spherical_optax._core.sphere import Spheres
+
+
+def add_decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, which takes what it does not.
+
+    That is float32 gradients of bfloat16 parameters under strict promotion, and a mask of a FlatMap.
+    """
+    tx = optax.add_decayed_weights(weight_decay, mask)
+
+    def init(params):
+        return tx.init(to_dictionaries(params))
+
+    def update(updates, state, params=None):
+        x, g = to_dictionaries(params), to_dictionaries(updates)
+        with jax.numpy_dtype_promotion("standard"):
+            found, state = tx.update(g, state, x)
+        return box_like(updates, found), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def add_decay_off_spheres(
@@ -15,4 +41,4 @@ def add_decay_off_spheres(
         groups = match(spheres, tree).with_tangent_space()
         return groups.label(tree, lambda leaf: leaf is None)
 
-    return optax.add_decayed_weights(weight_decay, mask=is_off)
+    return add_decayed_weights(weight_decay, is_off)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.groups import Groups
@@ -101,6 +102,9 @@ def measure_tracked_step(
 def detect_movement(angles: Any) -> jax.Array:
     """1 if any group has moved, else 0."""
     moved = [jnp.any(angle != 0) for angle in jax.tree.leaves(angles)]
+    if not any(isinstance(x, Tracer) for x in moved):
+        # Without jit, layers may be on different devices, and JAX computes with none of the others.
+        moved = [jax.device_put(x, moved[0].sharding) for x in moved]
     return jnp.any(jnp.stack(moved)).astype(jnp.int32) if moved else jnp.ones([], jnp.int32)
 
 
@@ -260,7 +264,7 @@ def _fill_with_zeros(leaves: list[Any], like: list[Any]) -> list[Any]:
 
 
 def _wait_for(last: jax.Array | None, tree: Any) -> Any:
-    return tree if last is None else depend_on(tree, last)
+    return depend_on(tree, last) if isinstance(last, Tracer) else tree
 
 
 def _multiply(x: jax.Array, y: jax.Array) -> jax.Array:
