@@ -365,3 +365,69 @@ def test_integers_are_divided_by_nothing():
 def test_what_is_no_transformation_and_no_number(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+SMALL = {"k": jnp.ones((3, 2)), "b": jnp.ones(2)}
+ON_K = {"k": so.Sphere(), "b": None}
+
+
+class TestUpdatesThatDoNotFit:
+    """They might broadcast, or blame the spheres."""
+
+    @pytest.mark.parametrize("shape", [(2, 3), (1, 2)])
+    @pytest.mark.parametrize("make", [so.adamsrt, so.adamg_star, so.adamh, so.muonh, so.adamp])
+    def test_shape(self, make, shape):
+        tx = make(0.1, ON_K)
+        with pytest.raises(ValueError, match=r"'k' has shape .* and the parameter \(3, 2\)"):
+            tx.update({**SMALL, "k": jnp.ones(shape)}, tx.init(SMALL), SMALL)
+
+    def test_missing(self):
+        tx = so.adamsrt(0.1, ON_K)
+        with pytest.raises(ValueError, match="the updates have no entry 'b'"):
+            tx.update({"k": SMALL["k"]}, tx.init(SMALL), SMALL)
+
+    def test_geometry(self):
+        x = {"k": jnp.ones((3, 2))}
+        with pytest.raises(ValueError, match=r"'k' has shape \(1, 2\) in one tree"):
+            so.geometry.dot(x, {"k": jnp.ones((1, 2))}, so.Sphere())
+        with pytest.raises(ValueError, match=r"'k' has shape \(\) in one tree"):
+            so.geometry.scale(x, {"k": 2.0}, so.Sphere())
+
+
+class TestNumbers:
+    def test_a_number_in_place_of_spheres(self):
+        with pytest.raises(ValueError, match=r"adam: spheres is 0\.9"):
+            so.adam(1e-3, 0.9, 0.999)
+        with pytest.raises(ValueError, match=r"sgd: .* write momentum=0\.9"):
+            so.sgd(0.1, 0.9)
+
+    @pytest.mark.parametrize("wrong", [None, "0.9", {"k": 0.9}, so.Sphere()])
+    def test_no_number(self, wrong):
+        with pytest.raises(ValueError, match=r"rate of decay is .*, not a number"):
+            so.ema(wrong)
+        with pytest.raises(ValueError, match=r"rms: eps is .*, not a number"):
+            so.rms(0.9, wrong)
+
+    def test_a_schedule(self):
+        with pytest.raises(ValueError, match=r"inject_hyperparams\(so\.adamsrt"):
+            so.adamsrt(0.1, so.Sphere(), b2=lambda count: 0.9)
+
+    @pytest.mark.parametrize("wrong", [{"k": 2.0}, object(), jnp.ones(2), -1.0, True, None])
+    def test_a_radius(self, wrong):
+        with pytest.raises(ValueError, match="retract: radius is"):
+            so.retract(so.Sphere(), wrong)
+
+    def test_integers_of_numpy(self):
+        assert so.Sphere((np.int64(-1),), np.int64(2)) == so.Sphere((-1,), 2)
+
+    def test_a_pattern_without_a_signature(self):
+        found = so.spheres_where({"conv": jnp.ones((2, 2)), "b": jnp.ones(2)}, "conv".startswith)
+        assert found == {"conv": so.Sphere(), "b": None}
+
+    def test_stacked_around_what_is_no_optimizer(self):
+        with pytest.raises(ValueError, match="is no optimizer"):
+            so.stacked(lambda spheres: None, so.Sphere()).init({"k": jnp.ones((2, 2))})
+
+    def test_no_equilibrium(self):
+        with pytest.raises(ValueError, match="negative"):
+            so.analysis.adamw_equilibrium(1e-3, -0.1, size=9)

@@ -81,7 +81,7 @@ def box_like(like: Any, tree: Any) -> Any:
     boxes, treedef = jax.tree.flatten(like, is_leaf=is_end)
     if not boxes:
         return tree
-    values = jax.tree.leaves(tree, is_leaf=is_end)
+    values = list(map(open_box, jax.tree.leaves(tree, is_leaf=is_end)))
     if len(values) > len(boxes):  # a FlatMap forgets its None
         values = [x for x in values if x is not None]
     return jax.tree.unflatten(treedef, map(put_in_box, boxes, values))

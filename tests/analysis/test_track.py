@@ -385,7 +385,7 @@ class TestState:
             so.track(so.sgd(0.1), ON, reduce="median")
         params = _small(0, jnp.float32)
         tx = so.track(so.sgd(0.1), ON)
-        with pytest.raises(ValueError, match="with the parameters"):
+        with pytest.raises(ValueError, match="needs the parameters"):
             tx.update(params, tx.init(params))
         with pytest.raises(ValueError, match=r"'conv' of shape \(3, 3, 2, 4\)"):
             so.track(so.sgd(0.1), {**ON, "conv": so.Sphere((7,))}).init(params)
@@ -711,3 +711,74 @@ def _tracked_is_untracked(tx, params, spheres):
     expected, _ = tx.update(params, tx.init(params), params)
     actual, _ = tracked.update(params, tracked.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+DECAYED = {
+    "adamw": optax.adamw(1e-2, weight_decay=1e-4),
+    "sgd": optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9)),
+    "adamsrt": so.adamsrt(1e-2, so.Sphere(), weight_decay=1e-4),
+    "sgd_mrt": so.sgd_mrt(1e-2, so.Sphere(), weight_decay=1e-4),
+}
+
+
+class TestDeadFilters:
+    """A filter without a gradient, which weight decay moves along its radius alone."""
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize("inner", DECAYED.values(), ids=DECAYED)
+    @pytest.mark.usefixtures("standard_promotion")
+    def test_the_others_keep_their_rates(self, inner, dtype):
+        tx = so.track(inner, so.Sphere())
+        params = {"kernel": random_tree(0, {"kernel": (3, 3, 4, 8)}, dtype)["kernel"]}
+        with jax.debug_nans(True):
+            state = tx.init(params)
+            for seed in range(1, 4):
+                grads = random_tree(seed, {"kernel": (3, 3, 4, 8)}, dtype)["kernel"]
+                grads = {"kernel": grads.at[..., 0].set(0)}
+                updates, state = tx.update(grads, state, params)
+                params = optax.apply_updates(params, updates)
+        rates = np.asarray(state.effective_lr["kernel"], float).ravel()
+        assert rates[0] == 0
+        assert (rates[1:] > 0).all()
+        assert so.analysis.summary(state)["effective_lr/kernel"] == np.median(rates)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.sgd(0.1, 0.9, nesterov=True),
+        optax.chain(optax.adamw(1e-3), optax.clip(1e-4)),
+        optax.adam(1e-3, eps_root=1e-4),
+        optax.adamax(1e-3),
+        optax.nadam(1e-3),
+    ],
+    ids=["nesterov", "clip by value", "eps_root", "adamax", "nadam"],
+)
+def test_no_nan_for_a_step_that_is_no_quotient(tx):
+    """The rate is absent: the first update on the tiny tree shows it."""
+    tracked, params = so.track(tx, so.Sphere()), {"w": jnp.ones((4, 3))}
+    with jax.debug_nans(True):
+        state = tracked.init(params)
+        assert state.effective_lr == {"w": None}
+        for seed in range(2):
+            grads = random_tree(seed, {"w": (4, 3)})
+            _, state = jax.jit(tracked.update)(grads, state, params)
+    assert "effective_lr/w" not in so.analysis.summary(state)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("every", [1, 2])
+def test_eager_vmap_over_learning_rates(every):
+    params, rates = {"w": jnp.arange(12.0).reshape(4, 3) + 1}, jnp.array([0.1, 0.2])
+
+    def run(rate):
+        tx = so.track(optax.sgd(rate), so.Sphere(), every=every)
+        x, state = params, tx.init(params)
+        for seed in range(3):
+            updates, state = tx.update(random_tree(seed, {"w": (4, 3)}), state, x)
+            x = optax.apply_updates(x, updates)
+        return state.angle["w"]
+
+    together = jax.vmap(run)(rates)
+    np.testing.assert_allclose(together, jnp.stack([run(rate) for rate in rates]), 1e-5)
