@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.boxes import is_end, to_dictionaries
-from spherical_optax._core.groups import ArrayGroups, Groups
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.paths import Path, join_paths, leaves_with_paths, list_leaves
 from spherical_optax._core.sphere import Sphere, Spheres
 
@@ -126,11 +127,6 @@ def match_updates(spheres: Spheres, updates: Any, params: Any) -> Groups:
     return match(spheres, updates)
 
 
-def is_asked(spheres: Any) -> bool:
-    """Whether `spheres` is a function of the parameters: a module of spheres is callable too."""
-    return callable(spheres) and jax.tree_util.all_leaves([spheres])
-
-
 def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     """The spec of every leaf of a tree, None included, by path; raises if the structure does not fit."""
     if spheres is Sphere:
@@ -139,7 +135,8 @@ def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     # There are no arrays: the tree is empty, or the placeholder of `optax.tree.map_params`.
     if all(leaf is None for _, leaf in leaves):
         return {path: None for path, _ in leaves}
-    if is_asked(spheres):
+    # An Equinox module of spheres is callable too, but it is a tree and no leaf.
+    if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)
     specs = dict(leaves_with_paths(spheres, _is_spec)[0])
     for path, spec in specs.items():

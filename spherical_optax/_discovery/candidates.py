@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._discovery.evidence import Evidence, Figures
 from spherical_optax._discovery.radial_sums import RadialSums
 from spherical_optax._discovery.splits import coarsen, count_long_axes, enumerate_splits

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.matching import assign_specs
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.candidates import Candidate

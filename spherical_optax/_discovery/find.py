@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.evidence import LARGER
 from spherical_optax._discovery.radial_sums import make_radial_sums

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._discovery.splits import make_split
 
 # The device sums over axes of at least this length; a sum over a shorter one is as large as the array.

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 
-from spherical_optax._core.groups import reshard_like
+from spherical_optax._core.array_groups import reshard_like
 from spherical_optax._core.paths import leaves_with_paths
 from spherical_optax._core.safe_math import upcast
 from spherical_optax._discovery.splits import count_long_axes

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.matching import match
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._discovery.random_points import Function

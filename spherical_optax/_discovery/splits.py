@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from spherical_optax._core.groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.sphere import Sphere
 
 

@@ -7,8 +7,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.array_groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.boxes import box_like, to_dictionaries, with_open_boxes
-from spherical_optax._core.groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.matching import match
 from spherical_optax._core.safe_math import upcast
 from spherical_optax._core.shapes import Scalar, Transformation

@@ -102,8 +102,12 @@ def measure_tracked_step(
 def detect_movement(angles: Any) -> jax.Array:
     """1 if any group has moved, else 0."""
     moved = [jnp.any(angle != 0) for angle in jax.tree.leaves(angles)]
-    if not any(isinstance(x, Tracer) for x in moved):
-        # Without jit, layers may be on different devices, and JAX computes with none of the others.
+    is_traced = any(isinstance(x, Tracer) for x in moved)
+    if (
+        not is_traced
+        and len({x.sharding.device_set == moved[0].sharding.device_set for x in moved}) > 1
+    ):
+        # Without jit, layers may be on different devices, and JAX combines none of their arrays.
         moved = [jax.device_put(x, moved[0].sharding) for x in moved]
     return jnp.any(jnp.stack(moved)).astype(jnp.int32) if moved else jnp.ones([], jnp.int32)
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.groups import ArrayGroups, Groups
+from spherical_optax._core.array_groups import ArrayGroups
+from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.paths import leaves_with_paths, list_leaves
 from spherical_optax._core.safe_math import upcast
