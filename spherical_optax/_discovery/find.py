@@ -1,23 +1,20 @@
 """`find_spheres` and `survey_spheres`: random probes, and the verdicts that follow from them."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.evidence import LARGER
 from spherical_optax._discovery.radial_sums import make_radial_sums
 from spherical_optax._discovery.random_points import Function, make_seeds
-from spherical_optax._discovery.scaling import POINTS, Scaling, group_by_tie
+from spherical_optax._discovery.scaling import POINTS, find_changing
 from spherical_optax._discovery.siblings import Finding, Siblings, group_by_parent
-from spherical_optax._discovery.text_table import format_figure, format_table
-
-_logger = logging.getLogger("spherical_optax")
+from spherical_optax._discovery.text_table import format_table
+from spherical_optax._discovery.warn import warn
 
 # Three gradients with every array at its natural radius. They leave a few arrays that may be on spheres.
 NATURAL_PROBES = 3
@@ -156,14 +153,7 @@ def find_spheres(
     """
     _require_tolerance(tol)
     survey, changing = _survey(fn, params, key, tol, vectors)
-    _warn(survey.findings)
-    for path in changing:
-        _logger.warning(
-            "find_spheres: %r is on a sphere by its gradient, but fn changes with its scale: there is a "
-            "stop_gradient in a normalisation layer, as in batch renormalisation, and this is no "
-            "invariance. Give it None; so.check_spheres shows the change",
-            path,
-        )
+    warn(survey.findings, changing)
     return survey.spheres
 
 
@@ -216,7 +206,7 @@ def _survey(
         findings = _judge(function, families, tol)
         spheres = _to_tree(function, findings)
         scaling_seeds = seeds[probes:].reshape(2 * POINTS, -1)
-        changing = _find_changing(function, spheres, params, scaling_seeds)
+        changing = find_changing(function, spheres, params, scaling_seeds)
     if all(f.verdict == "not finite" for f in findings.values()):
         raise ValueError(
             "find_spheres: the gradient of fn is finite at none of the random points near params. Check "
@@ -228,29 +218,6 @@ def _survey(
 def _require_tolerance(tol: Any) -> None:
     if not (isinstance(tol, (int, float)) and 0 < tol < 1):
         raise ValueError(f"find_spheres: tol is {tol!r}, not a number in (0, 1)")
-
-
-def _find_changing(
-    function: Function, spheres: Spheres, params: Any, seeds: np.ndarray
-) -> list[str]:
-    """The paths of arrays on spheres under whose scale `fn` changes, although no gradient says so.
-
-    Only a `stop_gradient`, or a derivative that is defined by hand, makes gradients and outputs
-    disagree. Without them nothing is evaluated.
-    """
-    ties = [] if not function.detaches else group_by_tie(function, spheres, params)
-    leaves = {i: leaf for tie in ties for i, leaf in tie.items()}
-    if not leaves:
-        return []
-    scaling = Scaling(function, leaves, seeds)
-
-    def changes(tied: dict[int, ArrayGroups]) -> bool:
-        change = scaling.measure_change(tied)
-        return change > scaling.rounding and not scaling.is_explained_by_eps(tied)
-
-    if not changes(leaves):  # all at once, which is cheap
-        return []
-    return ["/".join(function.paths[i]) for tied in ties if changes(tied) for i in tied]
 
 
 def _probe_natural_radius(
@@ -302,38 +269,3 @@ def _to_tree(function: Function, findings: dict[int, Finding]) -> Spheres:
     for i, finding in findings.items():
         specs[function.real[i]] = finding.sphere
     return jax.tree.unflatten(function.treedef, specs)
-
-
-def _warn(findings: tuple[Finding, ...]) -> None:
-    """Logs every parameter without a clear verdict, and whether there are no spheres at all."""
-    for f in findings:
-        if f.verdict == "not finite":
-            _logger.warning(
-                "find_spheres: %r of shape %s is left off the spheres: its gradient is not finite at "
-                "any of the random points",
-                f.path,
-                f.shape,
-            )
-        if f.verdict == "undecided":
-            _logger.warning(
-                "find_spheres: %r of shape %s is undecided and left off the spheres: its radial figure "
-                "is %s at its radius, and %s at 10 times its radius. If you know that it is on a "
-                "sphere, give it a so.Sphere",
-                f.path,
-                f.shape,
-                format_figure(f.natural) or "not finite",
-                format_figure(f.large) or "not finite",
-            )
-    if penalized := [f.path for f in findings if f.verdict == "L2 penalty"]:
-        _logger.warning(
-            "find_spheres: the gradient of %r, and of %d more, has the same part along the parameters "
-            "in all groups, as that of an L2 penalty has. Leave weight decay out of fn: return logits, "
-            "or the loss without penalty",
-            penalized[0],
-            len(penalized) - 1,
-        )
-    elif all(f.sphere is None for f in findings):
-        _logger.warning(
-            "find_spheres: no parameter is on a sphere. If there is a normalisation layer: is it in "
-            "training mode in fn, are the inputs other than constant, and is there no L2 penalty in fn?"
-        )

@@ -86,6 +86,29 @@ class Scaling:
         return factors
 
 
+def find_changing(
+    function: Function, spheres: Spheres, params: Any, seeds: np.ndarray
+) -> list[str]:
+    """The paths of arrays on spheres under whose scale `fn` changes, although no gradient says so.
+
+    Only a `stop_gradient`, or a derivative that is defined by hand, makes gradients and outputs
+    disagree. Without them nothing is evaluated.
+    """
+    ties = [] if not function.detaches else group_by_tie(function, spheres, params)
+    leaves = {i: leaf for tie in ties for i, leaf in tie.items()}
+    if not leaves:
+        return []
+    scaling = Scaling(function, leaves, seeds)
+
+    def changes(tied: dict[int, ArrayGroups]) -> bool:
+        change = scaling.measure_change(tied)
+        return change > scaling.rounding and not scaling.is_explained_by_eps(tied)
+
+    if not changes(leaves):  # all at once, which is cheap
+        return []
+    return ["/".join(function.paths[i]) for tied in ties if changes(tied) for i in tied]
+
+
 def group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[dict[int, ArrayGroups]]:
     """How the real arrays on spheres split, with those together that have to be scaled together."""
     groups = match(spheres, params)
