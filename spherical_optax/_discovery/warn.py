@@ -27,7 +27,7 @@ def warn(findings: tuple[Finding, ...], changing: list[str]) -> None:
             _logger.warning(
                 "find_spheres: %r of shape %s is undecided and left off the spheres: its radial figure "
                 "is %s at its radius, and %s at 10 times its radius. If you know that it is on a "
-                "sphere, give it a so.Sphere",
+                "sphere, give it a so.Sphere; an L2 penalty in fn, or a large eps, also makes this",
                 f.path,
                 f.shape,
                 format_figure(f.natural) or "not finite",
@@ -35,16 +35,16 @@ def warn(findings: tuple[Finding, ...], changing: list[str]) -> None:
             )
     if penalized := [f.path for f in findings if f.verdict == "L2 penalty"]:
         _logger.warning(
-            "find_spheres: the gradient of %r, and of %d more, has the same part along the parameters "
-            "in all groups, as that of an L2 penalty has. Leave weight decay out of fn: return logits, "
-            "or the loss without penalty",
-            penalized[0],
-            len(penalized) - 1,
+            "find_spheres: the gradient of %s has the same part along the parameters in all groups, as "
+            "that of an L2 penalty has. Leave weight decay out of fn: return logits, or the loss "
+            "without penalty",
+            ", ".join(map(repr, penalized[:3])) + (", ..." if len(penalized) > 3 else ""),
         )
     elif all(f.sphere is None for f in findings):
         _logger.warning(
             "find_spheres: no parameter is on a sphere. If there is a normalisation layer: is it in "
-            "training mode in fn, are the inputs other than constant, and is there no L2 penalty in fn?"
+            "training mode in fn, are the inputs other than constant, is its eps small beside the "
+            "variance, and is there no L2 penalty in fn?"
         )
     for path in changing:
         _logger.warning(

@@ -10,6 +10,7 @@ from spherical_optax._core.arguments import require_params, require_transformati
 from spherical_optax._core.array_groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.boxes import box_like, to_dictionaries, with_open_boxes
 from spherical_optax._core.matching import match
+from spherical_optax._core.paths import Path, leaves_with_paths, list_leaves
 from spherical_optax._core.safe_math import upcast
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
@@ -201,12 +202,34 @@ def muonh(
         # The shapes are those of the parameters, because any of the updates may be missing.
         x = to_dictionaries(require_params(params))
         tx = partition_by_shape(x)
+        _check_matrices(state, _find_matrices(spheres, x))
         found, state = tx.update(to_dictionaries(updates), state, x, **extra_args)
         return box_like(updates, found), state
 
     directions = optax.GradientTransformationExtraArgs(init, update)
     inner = optax.chain(directions, add_decay_off_spheres(spheres, weight_decay))
     return hyperball(inner, learning_rate, spheres, radius)
+
+
+def _check_matrices(state: Any, matrices: Any) -> None:
+    """Raises if the state has Muon's momentum for other leaves: it was made with other spheres."""
+    momentum = optax.tree.get(state.inner_states["muon"], "ema")
+    found = {path for path, m in list_leaves(momentum) if m is not None}
+    wanted = {path for path, matrix in _list_matrices(matrices) if matrix}
+    # A None among the parameters has a label, and no momentum.
+    if others := sorted(found ^ wanted):
+        where = "the state only" if others[0] in found else "the spheres only"
+        raise ValueError(
+            f"muonh: {'/'.join(others[0])!r} is one of Muon's matrices in {where}: the state was made "
+            "with other spheres or parameters. Take the spheres that it was made with, or a new state "
+            "from init"
+        )
+
+
+def _list_matrices(matrices: Any) -> list[tuple[Path, Any]]:
+    return leaves_with_paths(matrices, lambda x: x is None or isinstance(x, MuonDimensionNumbers))[
+        0
+    ]
 
 
 def _make_adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any) -> Transformation:

@@ -65,6 +65,19 @@ def test_a_state_of_another_number_of_stacked_arrays():
         tx.update(many, tx.init(few), many)
 
 
+def test_muonh_with_other_matrices():
+    params = {"a": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "b": jnp.ones((4, 2))}
+    on, off = (
+        {"a": {"kernel": sphere, "bias": None}, "b": so.Sphere()} for sphere in (so.Sphere(), None)
+    )
+    for before, now in ((on, off), (off, on)):
+        tx = so.muonh(0.01, now)
+        with pytest.raises(
+            ValueError, match=r"muonh: 'a/kernel' is one of Muon's matrices in the .* only"
+        ):
+            tx.update(params, so.muonh(0.01, before).init(params), params)
+
+
 def _list_state_classes(node):
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         yield type(node)
