@@ -24,7 +24,7 @@ _BOXES = (
     ("flax.nnx.variablelib", "Variable"),
     ("haliax.core", "NamedArray"),
     ("penzai.core.named_axes", "NamedArrayBase"),
-    ("penzai.core.variables", "AbstractVariable"),
+    ("penzai.core.variables", "AbstractVariableValue"),
 )
 _MAPPINGS = (("haiku._src.data_structures", "FlatMap"),)
 # The metadata of `nnx.Variable` that names mesh axes.
