@@ -85,6 +85,11 @@ class Candidate:
         )
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether an axis is cut into blocks."""
+        return any(split.blocks is not None for split in self.splits.values())
+
+    @property
     def promising(self) -> bool:
         """Whether there are figures, and none of them says a clear "no"."""
         return not self.ruled_out and self._figures.any_natural

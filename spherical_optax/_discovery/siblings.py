@@ -16,6 +16,8 @@ from spherical_optax._discovery.splits import make_sphere
 
 # An array with less influence than this, relative to the largest influence, has a gradient of rounding.
 NO_INFLUENCE = 1e-5
+# A figure of blocks that is larger is due to an eps, at the natural radius.
+EPS_IN_BLOCKS = 0.02
 
 
 class Finding(NamedTuple):
@@ -100,7 +102,7 @@ class Siblings:
         close = [c for c in self._shown if c.evidence.is_close(tol)]
         for i in self._arrays:
             if i in chosen:
-                yield i, self._judge_chosen(i, chosen, close)
+                yield i, self._judge_chosen(i, chosen, close, rounding)
             else:
                 yield i, self._judge_other(i, chosen, close)
 
@@ -119,14 +121,17 @@ class Siblings:
         return chosen
 
     def _judge_chosen(
-        self, i: int, chosen: dict[int, Candidate], close: list[Candidate]
+        self, i: int, chosen: dict[int, Candidate], close: list[Candidate], rounding: float
     ) -> Finding:
         """On a sphere, unless a finer candidate of the same arrays says neither yes nor no.
 
-        In that case it is open whether there is a sphere per layer or one per filter.
+        In that case it is open whether there is a sphere per layer or one per filter. It is open, too,
+        where blocks leave the figure of an eps: of the filters in a block it may have averaged out.
         """
         c = chosen[i]
         finer = [d for d in close if d.splits.keys() == c.splits.keys() and d.size < c.size]
+        if c.has_blocks and c.evidence.natural > max(EPS_IN_BLOCKS, rounding):
+            finer.append(c)
         if finer:
             evidence = finer[0].evidence
             return self._make_finding(i, "undecided", evidence.natural, evidence.large)

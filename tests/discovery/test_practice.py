@@ -217,6 +217,27 @@ def test_a_large_eps_is_told_the_same_way(quiet):
     assert found.verdict in ("sphere", "undecided")
 
 
+@pytest.mark.parametrize("seed", [0, 4])
+def test_an_eps_does_not_join_filters(seed):
+    """Of two filters in a block the figure of an eps averages out: that makes no block a sphere."""
+    x = jax.random.normal(jax.random.key(seed), (8, 8, 8, 8))
+
+    def fn(params):
+        y = jax.lax.conv_general_dilated(
+            x,
+            params["depthwise"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=8,
+        )
+        return jax.nn.relu(batch_norm(y, eps=1e-3)).mean((1, 2)) @ params["head"]
+
+    params = {"depthwise": 0.1 * normal(1 + seed, 3, 3, 1, 8), "head": normal(2 + seed, 8, 2)}
+    found = by_path(fn, params)["depthwise"]
+    assert found.sphere in (None, so.Sphere())
+
+
 def test_a_flat_list():
     """Keras hands out its variables in a flat list: only neighbours are tied."""
     n, x = 12, normal(0, 32, 8)
