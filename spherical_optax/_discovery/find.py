@@ -14,7 +14,7 @@ from spherical_optax._discovery.random_points import Function, make_seeds
 from spherical_optax._discovery.scaling import POINTS, find_changing
 from spherical_optax._discovery.siblings import Finding, Siblings, group_by_parent
 from spherical_optax._discovery.text_table import format_table
-from spherical_optax._discovery.warn import warn
+from spherical_optax._discovery.warn import warn, warn_of_running_averages
 
 # Three gradients with every array at its natural radius. They leave a few arrays that may be on spheres.
 NATURAL_PROBES = 3
@@ -154,6 +154,7 @@ def find_spheres(
     _require_tolerance(tol)
     survey, changing = _survey(fn, params, key, tol, vectors)
     warn(survey.findings, changing)
+    warn_of_running_averages(params)
     return survey.spheres
 
 

@@ -1,6 +1,10 @@
 """What `find_spheres` tells beside its answer, as warnings of the logger "spherical_optax"."""
 
 import logging
+import sys
+from typing import Any
+
+import jax
 
 from spherical_optax._discovery.siblings import Finding
 from spherical_optax._discovery.text_table import format_figure
@@ -52,4 +56,25 @@ def warn(findings: tuple[Finding, ...], changing: list[str]) -> None:
             "stop_gradient in a normalisation layer, as in batch renormalisation, and this is no "
             "invariance. Give it None; so.check_spheres shows the change",
             path,
+        )
+
+
+def warn_of_running_averages(params: Any) -> None:
+    """Logs a warning if there is a BatchNorm of Equinox in a mode other than "batch".
+
+    In its very first step it divides by the statistics of the batch, and is invariant; later it divides
+    by running averages, and is not.
+    """
+    equinox = sys.modules.get("equinox")
+    if equinox is None:
+        return
+
+    def is_averaging(node: Any) -> bool:
+        return isinstance(node, equinox.nn.BatchNorm) and getattr(node, "mode", "ema") != "batch"
+
+    if any(map(is_averaging, jax.tree.leaves(params, is_leaf=is_averaging))):
+        _logger.warning(
+            "find_spheres: equinox.nn.BatchNorm divides by running averages from its second step on, "
+            "and is invariant in the first alone. Take BatchNorm(..., mode='batch'), or measure with a "
+            "state that has seen a step"
         )

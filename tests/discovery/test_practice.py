@@ -80,7 +80,7 @@ class EquinoxNet(eqx.Module):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("mode", ["batch", "ema"])
-def test_equinox_batch_norm_after_its_first_step(mode):
+def test_equinox_batch_norm_after_its_first_step(mode, caplog):
     """Mode "ema" divides by running statistics: it is invariant in the very first step only."""
     model, state = eqx.nn.make_with_state(EquinoxNet)(jax.random.key(0), mode)
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -93,6 +93,7 @@ def test_equinox_batch_norm_after_its_first_step(mode):
     _, after = apply(params, state)
     found = so.find_spheres(lambda p: apply(p, after)[0], params, key=KEY).linear.weight
     assert found == (so.Sphere((-2,)) if mode == "batch" else None)
+    assert ("divides by running averages" in caplog.text) == (mode == "ema")
     checked = so.check_spheres(
         lambda p: apply(p, after)[0],
         params,
