@@ -8,6 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from spherical_optax._core.safe_math import is_low_precision
+
+# Why a state does not fit, and what helps.
+OTHER_SPHERES = (
+    "the state was made with other spheres or parameters. Take the spheres that it was made with, or a "
+    "new state from init"
+)
+
 
 def require_transformation(
     caller: str,
@@ -18,6 +26,11 @@ def require_transformation(
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise ValueError(f"{caller}: {reprlib.repr(tx)} {wrong}")
     return tx
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number or an array, which may be traced."""
+    return isinstance(value, int | float | np.number | np.ndarray | jax.Array)
 
 
 def reject_schedule(
@@ -45,7 +58,7 @@ def require_number(caller: str, name: str, value: Any) -> Any:
         f"{name} has to be a number. For a schedule, wrap the optimizer, as in "
         "optax.inject_hyperparams(so.adamsrt, static_args='spheres')(1e-3, spheres, b2=schedule)",
     )
-    if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+    if not is_number(value):
         raise ValueError(f"{caller}: {name} is {reprlib.repr(value)}, not a number")
     return value
 
@@ -56,11 +69,10 @@ def require_decay(caller: str, value: Any) -> Any:
     In bfloat16 0.999 is 1, and the step would be NaN.
     """
     require_number(caller, "the rate of decay", value)
-    dtype = jnp.result_type(value)
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+    if is_low_precision(value):
         raise ValueError(
-            f"{caller}: the rate of decay is {dtype}, in which 0.999 is no other number than 1. "
-            "optax.inject_hyperparams takes the dtype of the parameters: give it "
+            f"{caller}: the rate of decay is {jnp.result_type(value)}, in which 0.999 is no other "
+            "number than 1. optax.inject_hyperparams takes the dtype of the parameters: give it "
             "hyperparam_dtype=jnp.float32"
         )
     return value

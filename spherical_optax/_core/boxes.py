@@ -18,29 +18,30 @@ import jax.numpy as jnp
 
 from spherical_optax._core.shapes import Shape
 
-# Where the classes are. A library that is not imported has made no such object.
+# The classes by module and name: a library that is not imported has made no such object.
+_PARTITIONED = ("flax.core.meta", "Partitioned")
+_VARIABLE = ("flax.nnx.variablelib", "Variable")
 _BOXES = (
     ("flax.core.meta", "AxisMetadata"),
-    ("flax.nnx.variablelib", "Variable"),
+    _VARIABLE,
     ("haliax.core", "NamedArray"),
     ("penzai.core.named_axes", "NamedArrayBase"),
     ("penzai.core.variables", "AbstractVariableValue"),
 )
-_MAPPINGS = (("haiku._src.data_structures", "FlatMap"),)
+_FLAT_MAP = ("haiku._src.data_structures", "FlatMap")
 # The metadata of `nnx.Variable` that names mesh axes.
 _SHARDINGS = ("out_sharding", "optimizer_sharding")
 
 
-def _get_classes(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
-    """Those classes whose libraries are imported."""
-    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
-    return tuple(cls for cls in found if cls is not None)
+@functools.lru_cache
+def _is_class(cls: type, *names: tuple[str, str]) -> bool:
+    """Whether a class is one of these, or derived from one."""
+    return any((base.__module__, base.__qualname__) in names for base in cls.__mro__)
 
 
 def is_box(x: Any) -> bool:
     """Whether x is a box around one array, or around a None."""
-    classes = _get_classes(_BOXES)
-    return bool(classes) and isinstance(x, classes) and len(_list_contents(x)) == 1
+    return _is_class(type(x), *_BOXES) and len(_list_contents(x)) == 1
 
 
 def open_box(x: Any) -> Any:
@@ -55,29 +56,27 @@ def is_end(x: Any) -> bool:
 
 def open_boxes(tree: Any) -> Any:
     """The tree with the contents of its boxes in place of them."""
-    tree = to_dictionaries(tree)
-    return jax.tree.map(open_box, tree, is_leaf=is_box) if _get_classes(_BOXES) else tree
+    return jax.tree.map(open_box, to_dictionaries(tree), is_leaf=is_box)
 
 
 def to_dictionaries(tree: Any) -> Any:
     """The tree with dictionaries in place of Haiku's FlatMaps."""
-    classes = _get_classes(_MAPPINGS)
+    if _FLAT_MAP[0] not in sys.modules:
+        return tree
 
-    def is_mapping(x: Any) -> bool:
-        return isinstance(x, classes)
+    def is_flat_map(x: Any) -> bool:
+        return _is_class(type(x), _FLAT_MAP)
 
     def convert(x: Any) -> Any:
-        if not is_mapping(x):
+        if not is_flat_map(x):
             return x
         return {key: to_dictionaries(value) for key, value in x.items()}
 
-    return jax.tree.map(convert, tree, is_leaf=is_mapping) if classes else tree
+    return jax.tree.map(convert, tree, is_leaf=is_flat_map)
 
 
 def box_like(like: Any, tree: Any) -> Any:
     """The tree with the boxes of `like`, which has the same structure otherwise."""
-    if not _get_classes(_BOXES + _MAPPINGS):
-        return tree
     boxes, treedef = jax.tree.flatten(like, is_leaf=is_end)
     if not boxes:
         return tree
@@ -121,7 +120,7 @@ def put_in_box_per_group(box: Any, value: Any, kept: Shape) -> Any:
     ):
         return value
     restricted = {key: restrict(axes) for key, axes in names.items()}
-    if _is_partitioned(box):
+    if _is_class(type(box), _PARTITIONED):
         return box.replace(value=value, **restricted)
     boxed = put_in_box(box, value)
     if restricted:
@@ -137,21 +136,12 @@ def is_sharded_by_box(box: Any) -> bool:
 
 def _get_names(box: Any) -> dict[str, Any] | None:
     """All metadata of a box that names mesh axes; None for boxes that we do not know in detail."""
-    if _is_partitioned(box):
+    if _is_class(type(box), _PARTITIONED):
         return {"names": box.names}
-    if _is_a(box, "flax.nnx.variablelib", "Variable"):
+    if _is_class(type(box), _VARIABLE):
         metadata = box.get_metadata()
         return {key: metadata[key] for key in _SHARDINGS if metadata.get(key)}
     return None
-
-
-def _is_partitioned(box: Any) -> bool:
-    return _is_a(box, "flax.core.meta", "Partitioned")
-
-
-def _is_a(x: Any, module: str, name: str) -> bool:
-    cls = getattr(sys.modules.get(module), name, None)
-    return cls is not None and isinstance(x, cls)
 
 
 def _list_contents(box: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spherical_optax._core.arguments import OTHER_SPHERES
 from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.boxes import (
     box_like,
@@ -87,18 +88,23 @@ class Groups:
         """(how the leaf splits, its entry in each of the trees), leaf by leaf."""
         return zip(self.leaves, *map(self.list_leaves, trees), strict=True)
 
-    def _check_shapes(self, trees: Sequence[Any], per_group: bool = False) -> None:
-        """Raises if an array on spheres has another shape than its parameter: it might broadcast."""
-        for path, (leaf, *arrays) in zip(self.paths, self._zip_leaves(trees), strict=True):
-            if leaf is None:
-                continue
-            for x in arrays:
-                expected = (leaf.shape, leaf.group_shape) if per_group else (leaf.shape,)
-                if x is not None and jnp.shape(x) not in expected:
-                    raise ValueError(
-                        f"{'/'.join(path)!r} has shape {jnp.shape(x)} in one tree, where "
-                        f"{' or '.join(map(str, dict.fromkeys(expected)))} fits the spheres"
-                    )
+    def _zip_arrays(self, *trees: Any, per_group: Sequence[Any] = ()):
+        """The same, but raises if an array on spheres has another shape: it might broadcast.
+
+        The trees in `per_group` may also be group-sized.
+        """
+        entries = self._zip_leaves((*trees, *per_group))
+        for path, (leaf, *arrays) in zip(self.paths, entries, strict=True):
+            if leaf is not None:
+                own, either = [leaf.shape], [leaf.shape, leaf.group_shape]
+                fitting = [own] * len(trees) + [either] * len(per_group)
+                for x, shapes in zip(arrays, fitting, strict=True):
+                    if x is not None and jnp.shape(x) not in shapes:
+                        raise ValueError(
+                            f"{'/'.join(path)!r} has shape {jnp.shape(x)} in one tree, where "
+                            f"{' or '.join(map(str, dict.fromkeys(shapes)))} fits the spheres"
+                        )
+            yield leaf, *arrays
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """A tree like the parameters, without boxes."""
@@ -110,10 +116,9 @@ class Groups:
 
     def sum(self, f: Callable[..., jax.Array], *trees: Any) -> PerGroup:
         """Group-sized sum of f(*leaves) over each group, in at least float32."""
-        self._check_shapes(trees)
         sums: list[Any] = [
             None if leaf is None else leaf.sum(f(*map(upcast, arrays)))
-            for leaf, *arrays in self._zip_leaves(trees)
+            for leaf, *arrays in self._zip_arrays(*trees)
         ]
         for tie in self.ties:
             tied = [(i, leaf) for i in tie if (leaf := self.leaves[i]) is not None]
@@ -151,9 +156,6 @@ class Groups:
         `rest` are trees shaped like `tree`, or group-sized; f gets them in at least float32.
         """
 
-        self._check_shapes((tree,))
-        self._check_shapes(rest, per_group=True)
-
         def apply(leaf: ArrayGroups | None, x: Any, *others: Any) -> Any:
             if x is None:
                 return None
@@ -162,7 +164,7 @@ class Groups:
             return f(x, *(leaf.spread(upcast(y)) for y in others))
 
         return self._unflatten_like(
-            tree, [apply(*entries) for entries in self._zip_leaves((tree, *rest))]
+            tree, [apply(*entries) for entries in self._zip_arrays(tree, per_group=rest)]
         )
 
     def map_per_group(
@@ -234,14 +236,9 @@ class Groups:
                 has = f"shape {jnp.shape(found[path])}" if path in found else "no entry"
                 raise ValueError(
                     f"{field} of the state has {has} for the parameter {'/'.join(path)!r} of shape "
-                    f"{shape}, where the spheres give {expected}: the state was made with other spheres "
-                    "or parameters. Take the spheres that it was made with, or a new state from init"
+                    f"{shape}, where the spheres give {expected}: {OTHER_SPHERES}"
                 )
         return self.unflatten([found.get(path) for path in self.paths])
-
-    def keep_off(self, values: PerGroup, before: Any) -> Any:
-        """The new state with these numbers per group, and the entries of `before` off the spheres."""
-        return self.map_per_group(lambda s, _: s, values, before, off=lambda _, b: b)
 
     def label(self, tree: Any, f: Callable[[ArrayGroups | None], Any]) -> Any:
         """f of how each leaf splits, in the containers of `tree`: for `optax.masked` and the like."""

@@ -138,7 +138,7 @@ def assign_specs(spheres: Spheres, tree: Any) -> dict[Path, Sphere | None]:
     # An Equinox module of spheres is callable too, but it is a tree and no leaf.
     if callable(spheres) and jax.tree_util.all_leaves([spheres]):
         spheres = spheres(tree)
-    specs = dict(leaves_with_paths(spheres, _is_spec)[0])
+    specs = dict(list_leaves(spheres, _is_spec))
     for path, spec in specs.items():
         if not _is_spec(spec):
             where = repr("/".join(path)) if path else "the whole tree"
@@ -194,7 +194,7 @@ def _check_holes(specs: dict[Path, Any], extra: list[Path], tree: Any, paths: An
         return not jax.tree.leaves(x)
 
     # Sets of beginnings, because there may be thousands of holes: `optax.masked` makes one per array.
-    holes = {path for path, x in leaves_with_paths(tree, is_hole)[0] if is_hole(x)}
+    holes = {path for path, x in list_leaves(tree, is_hole) if is_hole(x)}
     above = {hole[:n] for hole in holes for n in range(len(hole) + 1)}
     for path in extra:
         if path not in above and not any(path[:n] in holes for n in range(len(path) + 1)):

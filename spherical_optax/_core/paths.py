@@ -15,7 +15,14 @@ Path = tuple[str, ...]
 def leaves_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool]
 ) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a tree with their paths, and its structure.
+    """The leaves of a tree with their paths, and its structure."""
+    return list_leaves(tree, is_leaf), jax.tree.structure(tree, is_leaf=is_leaf)
+
+
+def list_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] = lambda x: x is None
+) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with their paths; by default, a None is a leaf.
 
     A parameter has one path in all trees: a box around it (see `boxes`) is no level of the path, and
     neither is a trailing `.value` without siblings, which older versions of Flax add.
@@ -32,13 +39,7 @@ def leaves_with_paths(
         return tuple(keystr((key,), simple=True) for key in path)
 
     leaves = [(to_strings(path), open_box(leaf)) for path, leaf in flat]
-    treedef = jax.tree.structure(tree, is_leaf=is_leaf)
-    return [(path, x) for path, x in leaves if x is not None or is_leaf(x)], treedef
-
-
-def list_leaves(tree: Any) -> list[tuple[Path, Any]]:
-    """The leaves of a tree with their paths; a None is a leaf."""
-    return leaves_with_paths(tree, lambda x: x is None)[0]
+    return [(path, x) for path, x in leaves if x is not None or is_leaf(x)]
 
 
 def join_paths(paths: Any) -> str:

@@ -18,6 +18,12 @@ def upcast(x: Any) -> jax.Array:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
+def is_low_precision(x: Any) -> bool:
+    """Whether x is a real number or array of less precision than float32."""
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+
+
 def is_zero(x: Any) -> jax.Array:
     """Whether |x| is so small that 1 / x may overflow."""
     x = upcast(x)

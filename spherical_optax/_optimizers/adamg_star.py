@@ -115,6 +115,6 @@ def _scale_by_mirrored_radius(
             lambda x, g, rate: -rate * g, params, updates, rate, off=step_off_spheres
         )
         count = optax.safe_increment(state.count)
-        return updates, MirroredRadiusState(count, groups.keep_off(following, before))
+        return updates, MirroredRadiusState(count, groups.choose(following, before))
 
     return Transformation(init, with_open_boxes(update))

@@ -6,11 +6,15 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.arguments import (
+    OTHER_SPHERES,
+    require_params,
+    require_transformation,
+)
 from spherical_optax._core.array_groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.boxes import box_like, to_dictionaries, with_open_boxes
 from spherical_optax._core.matching import match
-from spherical_optax._core.paths import Path, leaves_with_paths, list_leaves
+from spherical_optax._core.paths import list_leaves
 from spherical_optax._core.safe_math import upcast
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
@@ -184,26 +188,25 @@ def muonh(
     )
     adam = _make_adam(b1, b2, eps, mu_dtype)
 
-    def partition_by_shape(params):
+    def partition(matrices):
         # A None gets a label too: otherwise the masks would not fit the parameters.
         labels = jax.tree.map(
-            lambda matrix: "muon" if matrix else "adam",
-            _find_matrices(spheres, params),
-            is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
+            lambda matrix: "muon" if matrix else "adam", matrices, is_leaf=_is_matrix_or_none
         )
         # The labels are wrapped in a function, because an Equinox module as a tree may be callable.
         return optax.partition({"muon": muon, "adam": adam}, lambda _: labels)
 
     def init(params):
         params = to_dictionaries(params)  # `optax.partition` cannot mask the leaves of a FlatMap
-        return partition_by_shape(params).init(params)
+        return partition(_find_matrices(spheres, params)).init(params)
 
     def update(updates, state, params=None, **extra_args):
         # The shapes are those of the parameters, because any of the updates may be missing.
         x = to_dictionaries(require_params(params))
-        tx = partition_by_shape(x)
-        _check_matrices(state, _find_matrices(spheres, x))
-        found, state = tx.update(to_dictionaries(updates), state, x, **extra_args)
+        matrices = _find_matrices(spheres, x)
+        _check_matrices(state, matrices)
+        g = to_dictionaries(updates)
+        found, state = partition(matrices).update(g, state, x, **extra_args)
         return box_like(updates, found), state
 
     directions = optax.GradientTransformationExtraArgs(init, update)
@@ -215,21 +218,16 @@ def _check_matrices(state: Any, matrices: Any) -> None:
     """Raises if the state has Muon's momentum for other leaves: it was made with other spheres."""
     momentum = optax.tree.get(state.inner_states["muon"], "ema")
     found = {path for path, m in list_leaves(momentum) if m is not None}
-    wanted = {path for path, matrix in _list_matrices(matrices) if matrix}
-    # A None among the parameters has a label, and no momentum.
+    wanted = {path for path, matrix in list_leaves(matrices, _is_matrix_or_none) if matrix}
     if others := sorted(found ^ wanted):
         where = "the state only" if others[0] in found else "the spheres only"
         raise ValueError(
-            f"muonh: {'/'.join(others[0])!r} is one of Muon's matrices in {where}: the state was made "
-            "with other spheres or parameters. Take the spheres that it was made with, or a new state "
-            "from init"
+            f"muonh: {'/'.join(others[0])!r} is one of Muon's matrices in {where}: {OTHER_SPHERES}"
         )
 
 
-def _list_matrices(matrices: Any) -> list[tuple[Path, Any]]:
-    return leaves_with_paths(matrices, lambda x: x is None or isinstance(x, MuonDimensionNumbers))[
-        0
-    ]
+def _is_matrix_or_none(x: Any) -> bool:
+    return x is None or isinstance(x, MuonDimensionNumbers)
 
 
 def _make_adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any) -> Transformation:

@@ -9,17 +9,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import require_params
+from spherical_optax._core.arguments import is_number, require_params
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.safe_math import divide_or_one, is_zero, upcast
+from spherical_optax._core.safe_math import divide_or_one, is_low_precision, is_zero, upcast
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 
@@ -171,7 +170,7 @@ def retract(
                 groups.read_state("kept", state.kept),
                 geometry.norm(require_params(params), groups),
             )
-            state = RetractState(groups.keep_off(wanted, state.kept))
+            state = RetractState(groups.choose(wanted, state.kept))
         # The target is computed in at least float32: a step in low precision is then rounded once.
         point = jax.tree.map(upcast, require_params(params))
         target = geometry.retract(point, updates, groups, wanted)
@@ -186,11 +185,7 @@ def retract(
 def _is_radius(radius: Any) -> bool:
     if isinstance(radius, str):
         return radius in ("current", "initial")
-    if isinstance(radius, bool) or not isinstance(
-        radius, int | float | np.number | np.ndarray | jax.Array
-    ):
-        return False
-    if jnp.ndim(radius):
+    if isinstance(radius, bool) or not is_number(radius) or jnp.ndim(radius):
         return False
     return isinstance(radius, Tracer) or 0 < float(radius) < float("inf")
 
@@ -203,7 +198,7 @@ def _compensate_rounding(target: Any, params: Any, groups: Groups) -> Any:
     rounded point, rescale the target by the error of its radius, and keep the new target only in groups
     where its rounded radius is closer.
     """
-    if not any(map(_is_low_precision, jax.tree.leaves(params))):
+    if not any(map(is_low_precision, jax.tree.leaves(params))):
         return target
 
     def measure_rounded(tree):
@@ -219,17 +214,12 @@ def _compensate_rounding(target: Any, params: Any, groups: Groups) -> Any:
     return geometry.scale(target, factor, groups)
 
 
-def _is_low_precision(x: Any) -> bool:
-    dtype = jnp.result_type(x)
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-
-
 def _simulate_step(x: jax.Array, y: jax.Array) -> jax.Array:
     """x + (y - x) as `optax.apply_updates` rounds it in the dtype of x.
 
     `reduce_precision` stands in for casts, because compilers may skip a cast down and up again.
     """
-    if not _is_low_precision(x):
+    if not is_low_precision(x):
         return y
     kind = jnp.finfo(x.dtype)
     round_to_dtype = functools.partial(

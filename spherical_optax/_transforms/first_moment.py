@@ -119,11 +119,11 @@ class Momentum:
             )
             # The transported momentum is tangential: only the new term has a radial part.
             radial = groups.map_per_group(lambda q: as_dtype(self.gain, q.dtype) * q, radial)
-            return m, groups.keep_off(radial, before)
+            return m, groups.choose(radial, before)
         if self.rescale:
             radius = groups.map_per_group(sqrt, products.xx)
             m = groups.map(lambda m, c: c * m, m, groups.map_per_group(_divide_radii, kept, radius))
-            kept = groups.keep_off(radius, before)
+            kept = groups.choose(radius, before)
         return mix(add_decay(g, x, l2), m, self.decay, self.gain), kept
 
 

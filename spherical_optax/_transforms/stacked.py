@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from spherical_optax._core.arguments import require_transformation
+from spherical_optax._core.arguments import OTHER_SPHERES, require_transformation
 from spherical_optax._core.boxes import is_end, is_sharded_by_box, open_box
 from spherical_optax._core.matching import assign_specs, match
 from spherical_optax._core.paths import Path, leaves_with_paths, list_leaves
@@ -198,8 +198,7 @@ def _check_stacks(packed: Packed, stacks: dict[Any, list[Path]]) -> None:
         first = ["/".join(paths[0]) for paths in stacks.values()]
         raise ValueError(
             f"stacked: the state has stacks of {found} arrays, and the spheres give {expected}, which "
-            f"begin with {', '.join(map(repr, first))}: the state was made with other spheres or "
-            "parameters. Take the spheres that it was made with, or a new state from init"
+            f"begin with {', '.join(map(repr, first))}: {OTHER_SPHERES}"
         )
 
 

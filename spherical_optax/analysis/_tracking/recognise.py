@@ -15,7 +15,7 @@ import optax
 
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments, get_moments
-from spherical_optax._core.paths import Path, leaves_with_paths, list_leaves
+from spherical_optax._core.paths import Path, list_leaves
 
 # The states of Optax that hold moments.
 OPTAX_MOMENTS: dict[type, Moments] = {
@@ -131,7 +131,7 @@ def get_moment_names(node: Any) -> Moments | None:
 
 def list_arrays(tree: Any) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths, without those that are None."""
-    return [(path, x) for path, x in leaves_with_paths(tree, lambda _: False)[0] if x is not None]
+    return [(path, x) for path, x in list_leaves(tree, lambda _: False) if x is not None]
 
 
 def _recognise_leaf(path: Path, x: Any, moments: FoundMoments) -> Recognised | None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spherical_optax._core.paths import leaves_with_paths
+from spherical_optax._core.paths import list_leaves
 from spherical_optax.analysis._path_order import sort_paths
 from spherical_optax.analysis._tracking.wrapper import TrackState
 
@@ -56,7 +56,7 @@ def summary(state: Any, *, reduce: Callable[[np.ndarray], Any] = np.median) -> d
         )
     found = {"step": float(step)}
     for name, tree in zip(QUANTITIES, trees, strict=True):
-        for path, values in leaves_with_paths(tree, lambda _: False)[0]:
+        for path, values in list_leaves(tree, lambda _: False):
             known = name != "effective_lr" or not np.isnan(values).any()
             if np.size(values) and known:
                 found["/".join((name, *path))] = float(reduce(np.asarray(values, float)))

@@ -12,12 +12,12 @@ import optax
 from jax.core import Tracer
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import require_params, require_transformation
+from spherical_optax._core.arguments import is_number, require_params, require_transformation
 from spherical_optax._core.boxes import box_like, open_boxes
 from spherical_optax._core.compiler_hints import depend_on
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.paths import leaves_with_paths
+from spherical_optax._core.paths import list_leaves
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import is_placeholder
 from spherical_optax.analysis._tracking.measure import (
@@ -230,8 +230,7 @@ def _require_number(
     """The value as a float, and one error for what is no such number."""
     if value is None:
         return None
-    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    is_known = is_number and not isinstance(value, bool | Tracer) and jnp.ndim(value) == 0
+    is_known = is_number(value) and not isinstance(value, bool | Tracer) and jnp.ndim(value) == 0
     if not is_known or jnp.iscomplexobj(value) or not is_allowed(float(value)):
         raise ValueError(f"track: {name} is {value!r}, not a number {wanted}")
     return float(value)
@@ -248,7 +247,7 @@ def _require_track_state(state: Any) -> None:
 def _check_shapes(radii: Any, expected: Any) -> None:
     """Raises if the state was made with other spheres; `jax.lax.cond` would say that branches differ."""
     found, wanted = (
-        {path: jnp.shape(x) for path, x in leaves_with_paths(tree, lambda _: False)[0]}
+        {path: jnp.shape(x) for path, x in list_leaves(tree, lambda _: False)}
         for tree in (radii, expected)
     )
     remedy = "take the spheres that the state was made with, or make a state with init"
