@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import spherical_optax as so
 
@@ -63,6 +64,12 @@ TABLE = {
     "muonh": Row(so.muonh, keeps_radius=True, couples=True),
     "hyperball": Row(_transported, keeps_radius=True),
 }
+
+
+def track_adam(learning_rate, spheres):
+    """`so.track` around an optimizer that knows no spheres."""
+    return so.track(optax.adam(learning_rate), spheres)
+
 
 SHAPES = {
     "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},

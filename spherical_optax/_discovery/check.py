@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spherical_optax._core.array_groups import ArrayGroups
 from spherical_optax._core.matching import assign_specs
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._discovery.candidates import Candidate
 from spherical_optax._discovery.radial_sums import RadialSums, make_radial_sums
 from spherical_optax._discovery.random_points import Function, make_seeds
-from spherical_optax._discovery.scaling import POINTS, RADII, Scaling, group_by_tie
+from spherical_optax._discovery.scaling import POINTS, RADII, Scaling, Tie, group_by_tie
 from spherical_optax._discovery.siblings import NO_INFLUENCE
 from spherical_optax._discovery.splits import normalize
 from spherical_optax._discovery.text_table import format_table
@@ -89,7 +88,7 @@ def check_spheres(
     The eps of a normalisation layer breaks invariance where the weights are small. Scaling at 10, 100
     and 1000 times the radius tells an eps apart, and it passes.
 
-    What it costs: four gradients, about four evaluations of `fn` for each parameter array on spheres,
+    What it costs: four gradients, about two evaluations of `fn` for each parameter array on spheres,
     and two compilations of `fn`.
 
     Args:
@@ -135,8 +134,7 @@ def check_spheres(
     # Results that are not finite get a verdict of their own, without NumPy's warnings about them.
     with np.errstate(invalid="ignore", over="ignore"):
         _probe(function, scaled_together, seeds[:PROBES])
-        leaves = {i: leaf for arrays in scaled_together for i, leaf in arrays.leaves.items()}
-        scaling = Scaling(function, leaves, seeds[PROBES:].reshape(2 * POINTS, -1))
+        scaling = Scaling(function, [tie.leaves for tie in scaled_together], seeds[PROBES:])
         checks: dict[int, Check] = {}
         for arrays in scaled_together:
             change, verdict = _judge(scaling, arrays)
@@ -165,7 +163,7 @@ class _TiedArrays:
       influence: the largest influence of all probes so far, relative to that of any parameter.
     """
 
-    def __init__(self, leaves: dict[int, ArrayGroups]):
+    def __init__(self, leaves: Tie):
         self.leaves, self.cosine, self.influence = leaves, 0.0, 0.0
         self.candidate = Candidate({i: normalize(leaf) for i, leaf in leaves.items()})
 
@@ -193,16 +191,16 @@ def _judge(scaling: Scaling, arrays: _TiedArrays) -> tuple[float, str]:
     if not math.isfinite(change):
         return change, "NOT FINITE"
     if change > scaling.rounding:
-        return change, _judge_changed(scaling, arrays)
+        return change, _judge_changed(scaling, arrays, change)
     return change, _judge_unchanged(scaling, arrays, change)
 
 
-def _judge_changed(scaling: Scaling, arrays: _TiedArrays) -> str:
+def _judge_changed(scaling: Scaling, arrays: _TiedArrays, change: float) -> str:
     """The outputs have changed: an eps explains it, or the groups are not invariant."""
     # The largest radius is for an eps as large as the variance. Where the gradient has a large radial
     # part, it would also pass a running average, which is added to the variance like an eps.
     possible = arrays.candidate.evidence.possible
-    if scaling.is_explained_by_eps(arrays.leaves, RADII if possible else RADII[:-1]):
+    if scaling.is_explained_by_eps(arrays.leaves, change, RADII if possible else RADII[:-1]):
         return "invariant but for eps"
     tangential = arrays.candidate.evidence.natural < TANGENTIAL
     return "NOT INVARIANT" + (" (but gradient tangential)" if tangential else "")

@@ -206,8 +206,7 @@ def _survey(
         _probe_larger_radius(function, families, seeds[NATURAL_PROBES:probes])
         findings = _judge(function, families, tol)
         spheres = _to_tree(function, findings)
-        scaling_seeds = seeds[probes:].reshape(2 * POINTS, -1)
-        changing = find_changing(function, spheres, params, scaling_seeds)
+        changing = find_changing(function, spheres, params, seeds[probes:])
     if all(f.verdict == "not finite" for f in findings.values()):
         raise ValueError(
             "find_spheres: the gradient of fn is finite at none of the random points near params. Check "

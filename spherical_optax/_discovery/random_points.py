@@ -32,7 +32,6 @@ class Function:
       paths, arrays: the paths and the values of the real arrays.
       rounds: whether `fn` computes in less than float32 on the way.
       detaches: whether `fn` contains a `stop_gradient`, or a derivative that is defined by hand.
-      compute_outputs: jitted; from the real arrays, and a factor for each, to the real outputs.
       compute_gradient: jitted; from the real arrays and a seed to the gradient of a random contraction
         of the outputs.
     """
@@ -64,14 +63,11 @@ class Function:
             )
         self.rounds = _computes_in_low_precision(traced.jaxpr)
         self.detaches = _has_other_derivatives(traced.jaxpr)
-        self.compute_outputs = jax.jit(
-            lambda arrays, factors: self._compute_outputs(list(map(_multiply, arrays, factors)))
-        )
         self.compute_gradient = jax.jit(self._compute_gradient)
 
     def _trace(self) -> Any:
         """Traces `fn`, and settles whether it takes low-precision parameters in float32."""
-        trace = jax.make_jaxpr(self._compute_outputs)
+        trace = jax.make_jaxpr(self.compute_outputs)
         low = [x.dtype for x in self.arrays]
         if low != self._dtypes:
             try:
@@ -82,7 +78,8 @@ class Function:
                 self._dtypes = low
         return trace(self.arrays)
 
-    def _compute_outputs(self, arrays: list[jax.Array]) -> list[jax.Array]:
+    def compute_outputs(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """From the real arrays to the real outputs."""
         leaves = [leaf for _, leaf in self.leaves]
         for i, x, dtype in zip(self.real, arrays, self._dtypes, strict=True):
             leaves[i] = x.astype(dtype)
@@ -103,7 +100,7 @@ class Function:
 
     def _compute_gradient(self, point: list[jax.Array], seed: Seed) -> list[jax.Array]:
         def contract_all(x: list[jax.Array]) -> jax.Array:
-            outputs = self._compute_outputs(x)
+            outputs = self.compute_outputs(x)
             keys = split_seed(seed, len(outputs))
             parts = (_contract(y, k) for y, k in zip(outputs, keys, strict=True))
             # The gradient of a mean over many outputs is tiny, and would vanish in float16 on the way. A
@@ -164,11 +161,6 @@ def _is_real(x: Any) -> bool:
     if x is None or (not hasattr(x, "dtype") and not isinstance(x, float)):
         return False
     return jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.size(x) > 0
-
-
-def _multiply(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """x times a factor that broadcasts against it, with the sharding of x."""
-    return x * reshard_like(jnp.broadcast_to(factor.astype(x.dtype), x.shape), x)
 
 
 @functools.partial(jax.jit, static_argnames="dtypes")

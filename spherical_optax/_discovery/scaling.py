@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from spherical_optax._core.array_groups import ArrayGroups
+from spherical_optax._core.array_groups import ArrayGroups, reshard_like
 from spherical_optax._core.matching import match
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._discovery.random_points import Function
@@ -19,6 +20,8 @@ ROUNDING, LOW_ROUNDING = 1e-3, 0.15
 # by STEP^2 from one to the next, and that of a shortcut that is drowned only by STEP.
 STEP, RADII = 10.0, (10.0, 100.0, 1000.0)
 
+Tie = Mapping[int, ArrayGroups]  # how the arrays of a tie split, by the index of the array
+
 
 class Scaling:
     """Relative changes of the outputs at random points, when groups are scaled.
@@ -26,64 +29,60 @@ class Scaling:
     Attributes:
       rounded: whether `fn` computes in less than float32 on the way.
       rounding: relative changes up to this are rounding.
+      leaves: how all arrays on spheres split, by their index.
     """
 
-    def __init__(self, function: Function, leaves: Mapping[int, ArrayGroups], seeds: np.ndarray):
+    def __init__(self, function: Function, ties: Sequence[Tie], seeds: np.ndarray):
         """Takes all arrays on spheres, and two seeds for each of the POINTS."""
         self._function = function
         self.rounded = function.rounds
         self.rounding = LOW_ROUNDING if self.rounded else ROUNDING
+        self.leaves = {i: leaf for tie in ties for i, leaf in tie.items()}
+        self._compute = jax.jit(self._compute_scaled)
+        # Factors have the same shapes in every call: fn is then compiled once.
+        self._ones = {i: np.ones(leaf.counts, np.float32) for i, leaf in self.leaves.items()}
+        seeds = seeds.reshape(2 * POINTS, -1)
         self._points = [function.draw_point(seed) for seed in seeds[:POINTS]]
         self._seeds = seeds[POINTS:]
-        # Factors have the same shapes in every call: fn is then compiled once.
-        self._ones = [np.ones((1,) * x.ndim, np.float32) for x in function.arrays]
-        for i, leaf in leaves.items():
-            self._ones[i] = _to_array_axes(leaf, np.ones(leaf.counts))
+        self._before = [self._compute(x, self._ones) for x in self._points]
 
-    def measure_change(
-        self, leaves: Mapping[int, ArrayGroups], radius: float = 1.0, each: bool = False
-    ) -> float:
+    def _compute_scaled(self, x: list[jax.Array], factors: dict[int, jax.Array]) -> list[jax.Array]:
+        """The outputs, with every group of `leaves` times its factor."""
+        x = list(x)
+        for i, leaf in self.leaves.items():
+            spread = leaf.spread(leaf.from_counts(factors[i].astype(x[i].dtype)))
+            x[i] = x[i] * reshard_like(jnp.broadcast_to(spread, x[i].shape), x[i])
+        return self._function.compute_outputs(x)
+
+    def measure_change(self, tie: Tie, radius: float = 1.0, each: bool = False) -> float:
         """The largest relative change over points and outputs.
 
-        The groups of these arrays, which are tied, start from `radius` times their radius, and each is
-        multiplied by a random factor in [1/10, 10]. With `each`, every coordinate is.
+        The groups of these arrays start from `radius` times their radius, and each is multiplied by a
+        random factor in [1/10, 10]. With `each`, every coordinate is.
         """
         changes = []
-        compute = self._function.compute_outputs
-        for x, seed in zip(self._points, self._seeds, strict=True):
-            before = compute(x, self._make_factors(leaves, radius))
+        for x, before, seed in zip(self._points, self._before, self._seeds, strict=True):
+            if radius != 1.0:
+                before = self._compute(x, self._ones | _draw_factors(tie, radius))
             if each:
-                after = compute(_scale_coordinates(x, leaves, seed), self._ones)
+                after = self._compute(_scale_coordinates(x, tie, seed), self._ones)
             else:
-                after = compute(x, self._make_factors(leaves, radius, seed))
+                after = self._compute(x, self._ones | _draw_factors(tie, radius, seed))
             changes += [_compare(b, a) for b, a in zip(before, after, strict=True)]
         return float(np.max(changes))
 
-    def is_explained_by_eps(
-        self, leaves: Mapping[int, ArrayGroups], radii: Sequence[float] = RADII
-    ) -> bool:
-        """Whether the change falls with the square of the radius, from one of the radii to the next.
+    def is_explained_by_eps(self, tie: Tie, change: float, radii: Sequence[float] = RADII) -> bool:
+        """Whether `change`, that at radius 1, falls with the square of the radius from one to the next.
 
         Where the eps is as large as the variance that it is added to, this is so at larger radii only.
         """
-        before = self.measure_change(leaves)
+        before = change
         for radius in radii:
-            after = self.measure_change(leaves, radius)
+            after = self.measure_change(tie, radius)
             if after < 3 * before / STEP**2 or (radius == 100.0 and after < 0.1 * self.rounding):
                 return True
             before = after
         return False
-
-    def _make_factors(
-        self, leaves: Mapping[int, ArrayGroups], radius: float, seed: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """A factor for every array: random ones for the groups of `leaves` if there is a seed."""
-        factors = list(self._ones)
-        for i, leaf in leaves.items():
-            # Tied arrays draw from the same seed, and thus get the same factor for each group.
-            drawn = np.ones(leaf.counts) if seed is None else _draw(seed, leaf.counts)
-            factors[i] = _to_array_axes(leaf, radius * drawn)
-        return factors
 
 
 def find_changing(
@@ -94,22 +93,21 @@ def find_changing(
     Only a `stop_gradient`, or a derivative that is defined by hand, makes gradients and outputs
     disagree. Without them nothing is evaluated.
     """
-    ties = [] if not function.detaches else group_by_tie(function, spheres, params)
-    leaves = {i: leaf for tie in ties for i, leaf in tie.items()}
-    if not leaves:
+    ties = group_by_tie(function, spheres, params) if function.detaches else []
+    if not ties:
         return []
-    scaling = Scaling(function, leaves, seeds)
+    scaling = Scaling(function, ties, seeds)
 
-    def changes(tied: dict[int, ArrayGroups]) -> bool:
-        change = scaling.measure_change(tied)
-        return change > scaling.rounding and not scaling.is_explained_by_eps(tied)
+    def changes(tie: Tie) -> bool:
+        change = scaling.measure_change(tie)
+        return change > scaling.rounding and not scaling.is_explained_by_eps(tie, change)
 
-    if not changes(leaves):  # all at once, which is cheap
+    if not changes(scaling.leaves):  # all at once, which is cheap
         return []
-    return ["/".join(function.paths[i]) for tied in ties if changes(tied) for i in tied]
+    return ["/".join(function.paths[i]) for tie in ties if changes(tie) for i in tie]
 
 
-def group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[dict[int, ArrayGroups]]:
+def group_by_tie(function: Function, spheres: Spheres, params: Any) -> list[Tie]:
     """How the real arrays on spheres split, with those together that have to be scaled together."""
     groups = match(spheres, params)
     number = {i: n for n, i in enumerate(function.real)}  # an empty array has no number
@@ -130,21 +128,22 @@ def _draw(seed: Any, shape: tuple[int, ...]) -> np.ndarray:
     return 10.0 ** np.random.default_rng(seed).uniform(-1.0, 1.0, shape)
 
 
-def _to_array_axes(leaf: ArrayGroups, factors: np.ndarray) -> np.ndarray:
-    """From one number per group, of the shape `leaf.counts`, to an array that broadcasts."""
-    ascending = sorted(leaf.axes)
-    factors = np.transpose(factors, [leaf.axes.index(axis) for axis in ascending])
-    for k, axis in enumerate(ascending):
-        factors = np.repeat(factors, leaf.shape[axis] // factors.shape[k], axis=k)
-    return np.expand_dims(factors, leaf.summed).astype(np.float32)
+def _draw_factors(tie: Tie, radius: float, seed: np.ndarray | None = None) -> dict[int, np.ndarray]:
+    """A factor for every group: `radius`, times a random number if there is a seed.
+
+    Tied arrays draw from the same seed, and thus get the same factor for each group.
+    """
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        return np.ones(shape) if seed is None else _draw(seed, shape)
+
+    return {i: (radius * draw(leaf.counts)).astype(np.float32) for i, leaf in tie.items()}
 
 
-def _scale_coordinates(
-    x: list[jax.Array], leaves: Mapping[int, ArrayGroups], seed: np.ndarray
-) -> list[Any]:
-    """The arrays, with every coordinate of `leaves` times a random factor of its own."""
+def _scale_coordinates(x: list[jax.Array], tie: Tie, seed: np.ndarray) -> list[Any]:
+    """The arrays, with every coordinate of a tie times a random factor of its own."""
     x = list(x)
-    for i in leaves:
+    for i in tie:
         factors = _draw([*seed, i], x[i].shape)
         x[i] = jax.device_put(np.asarray(x[i]) * factors.astype(x[i].dtype), x[i].sharding)
     return x

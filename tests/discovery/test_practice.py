@@ -22,6 +22,23 @@ def batch_norm(y, eps=1e-5):
     return centred / jnp.sqrt((centred**2).mean(axes, keepdims=True) + eps)
 
 
+def make_depthwise(x):
+    """A depthwise convolution and BatchNorm with the eps of Keras."""
+
+    def fn(params):
+        y = jax.lax.conv_general_dilated(
+            x,
+            params["depthwise"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+        return jax.nn.relu(batch_norm(y, eps=1e-3)).mean((1, 2)) @ params["head"]
+
+    return fn
+
+
 def by_path(fn, params, **kwargs):
     return {f.path: f for f in so.survey_spheres(fn, params, key=KEY, **kwargs).findings}
 
@@ -197,18 +214,7 @@ def test_a_large_eps_is_told_the_same_way(quiet):
     """With the eps of Keras, 1e-3, and some channels of small variance, both say the same."""
     loud = jnp.where(jnp.arange(48) < quiet, 0.1, 1.0)
     x = normal(0, 16, 8, 8, 48) * loud.reshape(1, 1, 1, -1)
-
-    def fn(params):
-        y = jax.lax.conv_general_dilated(
-            x,
-            params["depthwise"],
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=48,
-        )
-        return jax.nn.relu(batch_norm(y, eps=1e-3)).mean((1, 2)) @ params["head"]
-
+    fn = make_depthwise(x)
     params = {"depthwise": 0.15 * normal(1, 3, 3, 1, 48), "head": normal(2, 48, 10)}
     found = by_path(fn, params)["depthwise"]
     (check,) = so.check_spheres(
@@ -222,18 +228,7 @@ def test_a_large_eps_is_told_the_same_way(quiet):
 def test_an_eps_does_not_join_filters(seed):
     """Of two filters in a block the figure of an eps averages out: that makes no block a sphere."""
     x = jax.random.normal(jax.random.key(seed), (8, 8, 8, 8))
-
-    def fn(params):
-        y = jax.lax.conv_general_dilated(
-            x,
-            params["depthwise"],
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=8,
-        )
-        return jax.nn.relu(batch_norm(y, eps=1e-3)).mean((1, 2)) @ params["head"]
-
+    fn = make_depthwise(x)
     params = {"depthwise": 0.1 * normal(1 + seed, 3, 3, 1, 8), "head": normal(2 + seed, 8, 2)}
     found = by_path(fn, params)["depthwise"]
     assert found.sphere in (None, so.Sphere())

@@ -9,7 +9,7 @@ import pytest
 
 import spherical_optax as so
 
-from ..optimizers import TABLE
+from ..optimizers import TABLE, track_adam
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 CONV = {"conv": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -23,9 +23,7 @@ def _step(tx, params=CONV):
     return tx.update(params, tx.init(params), params)
 
 
-ALL = {name: row.make for name, row in TABLE.items()} | {
-    "track": lambda lr, spheres: so.track(optax.adam(lr), spheres)
-}
+ALL = TABLE | {"track": track_adam}
 
 
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)

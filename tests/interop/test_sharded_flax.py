@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import spherical_optax as so
 
-from ..optimizers import TABLE
+from ..optimizers import TABLE, track_adam
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 AXES = ("data", "model")
@@ -20,8 +20,8 @@ MESHES = {4: (2, 2), 8: (4, 2)}
 IMAGES = jax.random.normal(jax.random.key(0), (8, 12))
 SPHERES = {"dense": {"kernel": so.Sphere()}, "norm": None, "head": None}
 
-OPTIMIZERS = {name: row.make for name, row in TABLE.items()} | {
-    "track": lambda lr, spheres: so.track(optax.adam(lr), spheres),
+OPTIMIZERS = TABLE | {
+    "track": track_adam,
     "track reduced": lambda lr, spheres: so.track(optax.adam(lr), spheres, reduce=jnp.median),
     "stacked": lambda lr, spheres: so.stacked(lambda s: so.adamsrt(lr, s), spheres),
 }

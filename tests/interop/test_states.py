@@ -9,7 +9,7 @@ import pytest
 
 import spherical_optax as so
 
-from ..optimizers import SPHERES, TABLE, random_tree
+from ..optimizers import SPHERES, TABLE, random_tree, track_adam
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)}
@@ -28,7 +28,7 @@ PER_GROUP = {
     "adamg_star": so.adamg_star,
     "adamh": so.adamh,
     "hyperball": TABLE["hyperball"],
-    "track": lambda lr, spheres: so.track(optax.adam(lr), spheres),
+    "track": track_adam,
     "track inside": lambda lr, spheres: optax.chain(so.track(so.adamsrt(lr, spheres), spheres)),
 }
 

@@ -19,6 +19,8 @@ from flax.training import dynamic_scale, train_state
 
 import spherical_optax as so
 
+from ..optimizers import track_adam
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 X = jax.random.normal(jax.random.key(0), (32, 6))
@@ -105,7 +107,7 @@ OPTIMIZERS = {
     "adamh": so.adamh,
     "sgd_mrt": so.sgd_mrt,
     "adamp": so.adamp,
-    "track": lambda learning_rate, spheres: so.track(optax.adam(learning_rate), spheres),
+    "track": track_adam,
 }
 
 
