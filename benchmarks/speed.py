@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli import Parser, at_least, to_one_line
+from benchmarks.measuring import hlo, kernel_times
 from benchmarks.measuring.contenders import EVERY, FLOOR, LEARNING_RATE, REFERENCE, make_optimizers
 from benchmarks.measuring.optax_steps import Step, compile_all, count_bytes, make_gradient
 from benchmarks.measuring.parameters import LISTED, describe_network
@@ -48,10 +49,12 @@ def measure(
     torch: bool = True,
     scan: bool | None = None,
     turn: Callable[[], Any] = lambda: None,
+    trace: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """A row of figures for every optimizer.
 
-    `turn` is called when everything is compiled, and returns when it is time to measure.
+    `turn` is called when everything is compiled, and returns when it is time to measure. With `trace`,
+    each row has one key more, "trace": the times of single kernels.
     """
     scan = jax.default_backend() != "cpu" if scan is None else scan
     params, grads = make_arrays(shapes, gradients=EVERY if scan else 1)
@@ -70,7 +73,11 @@ def measure(
     turn()
     contenders = {**steps, **peers}
     take_turns(contenders, rounds)
-    return summarize(contenders, count_bytes(params), alone=gradient is None)
+    rows = summarize(contenders, count_bytes(params), alone=gradient is None)
+    for name, step in steps.items() if trace else ():
+        launches = kernel_times.trace(step.run)
+        rows[name]["trace"] = kernel_times.summarize(launches, step.read_program(), EVERY)
+    return rows
 
 
 def make_arrays(shapes: Any, gradients: int) -> tuple[Any, Any]:
@@ -144,6 +151,29 @@ def make_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return tables.to_rich(HEADER, format_rows(rows), title)
 
 
+TRACE_HEADER = ("optimizer", *(kind for kind in hlo.LISTED_KINDS), "busy, us", "waiting, us")
+
+
+def format_traces(traces: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """For every optimizer, by kind of kernel: launches, microseconds, and bytes per time."""
+
+    def format_kind(row: Mapping[str, float] | None) -> str:
+        if not row:
+            return "-"
+        speed = row["bytes"] / row["microseconds"] / 1e6
+        return f"{row['launches']:.0f}, {row['microseconds']:.0f} us, {speed:.2f} TB/s"
+
+    return [
+        (
+            name,
+            *(format_kind(trace["kinds"].get(kind)) for kind in hlo.LISTED_KINDS),
+            f"{trace['busy_microseconds']:.0f}",
+            f"{trace['span_microseconds'] - trace['busy_microseconds']:.0f}",
+        )
+        for name, trace in traces.items()
+    ]
+
+
 def make_file_name(model: str, training: bool = False, few: bool = False, device: str = "") -> str:
     """The name of the file with the results on a device, by default on this one."""
     device = device or report.make_device_slug()
@@ -166,6 +196,8 @@ def make_parser() -> Parser:
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=help_text)
     help_text = "PyTorch's beside --only too"
     parser.add_argument("--torch", action="store_true", help=help_text)
+    help_text = "also the times of single kernels, from one more turn under JAX's profiler"
+    parser.add_argument("--trace", action="store_true", help=help_text)
     help_text = "also write the numbers into this folder, as JSON"
     parser.add_argument("--out", type=Path, help=help_text)
     help_text = "compile, then measure when this file is there, one process at a time"
@@ -199,16 +231,24 @@ def measure_model(model: str, args: Namespace, turn: Callable[[], None]) -> None
         only=args.only,
         torch=args.torch or args.only is None,
         turn=turn,
+        trace=args.trace,
     )
+    traces = {name: row.pop("trace") for name, row in rows.items() if "trace" in row}
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     what = f"One training step with {args.batch} images" if args.batch else "One step"
     title = f"{what} on {model}, {parameters:,} parameters; time and state: x {REFERENCE}"
     Console().print(make_table(rows, title))
+    if traces:
+        what = f"Kernels of one step on {model}: launches, microseconds, TB/s"
+        Console().print(tables.to_rich(TRACE_HEADER, format_traces(traces), what))
     if args.out:
         path = args.out / make_file_name(model, bool(args.batch), bool(args.only))
         environment = report.describe_environment() | describe_torch()
         about = {"command": make_command(model, args), "title": title, "environment": environment}
-        report.write_json(path, about | {"optimizers": rows})
+        if traces:
+            kernels = {name: trace.pop("kernels") for name, trace in traces.items()}
+            report.write_json(path.with_name(f"kernels_of_{path.name}"), about | {"kernels": kernels})
+        report.write_json(path, about | {"optimizers": rows, "traces": traces})
         print(f"written: {path}")
 
 
@@ -218,6 +258,7 @@ def make_command(model: str, args: Namespace) -> str:
     words += ["--batch", args.batch] if args.batch else []
     words += ["--only", *map(shlex.quote, args.only)] if args.only else []
     words += ["--torch"] if args.torch else []
+    words += ["--trace"] if args.trace else []
     return " ".join(map(str, words))
 
 

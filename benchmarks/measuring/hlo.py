@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 NOT_KERNELS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}
 KINDS = {"kLoop": "loop fusion", "kInput": "input fusion"}  # XLA puts sums into input fusions
+LISTED_KINDS = (*KINDS.values(), "copy", "custom call", "other")
 CALLS = {
     "call": "to_apply",
     "while": "body",
@@ -124,14 +125,27 @@ def _count(program: Program, name: str, larger: bool) -> Counts:
         else:
             kinds[_classify(operation, i.attributes)] += 1
             written += sizes[i.name] if operation == i.operation else 0
-            taken = (
-                _count_sliced_bytes(program[i.find_called("calls")])
-                if operation == "fusion"
-                else {}
-            )
-            for k, operand in enumerate(i.operands):
-                read += min(taken.get(k, sizes[operand]), sizes[operand])
+            read += _count_read_bytes(program, i, sizes)
     return Counts(kinds, read, written)
+
+
+def list_instructions(text: str) -> dict[str, tuple[str, int]]:
+    """For each instruction that may be a kernel, wherever in the program: its kind, and its bytes."""
+    _, program = parse_program(text)
+    found = {}
+    for computation in program.values():
+        sizes = {i.name: count_bytes(i.shape) for i in computation}
+        for i in computation:
+            if i.operation not in {*NOT_KERNELS, *CALLS, "conditional"}:
+                moved = _count_read_bytes(program, i, sizes) + sizes[i.name]
+                found[i.name] = (_classify(i.operation, i.attributes), moved)
+    return found
+
+
+def _count_read_bytes(program: Program, i: Instruction, sizes: dict[str, int]) -> int:
+    fused = program[i.find_called("calls")] if i.operation == "fusion" else []
+    taken = _count_sliced_bytes(fused)
+    return sum(min(taken.get(k, sizes[x]), sizes[x]) for k, x in enumerate(i.operands))
 
 
 def _classify(operation: str, attributes: str) -> str:

@@ -65,6 +65,10 @@ class Step:
         memory: Any = self._compiled.memory_analysis()
         self.temporary_bytes = memory.temp_size_in_bytes
 
+    def read_program(self) -> str:
+        """The text of the compiled program."""
+        return self._compiled.as_text()
+
     def run(self) -> None:
         start = time.perf_counter()
         for grads in itertools.islice(itertools.cycle(self._grads), 1 if self.scan else EVERY):
