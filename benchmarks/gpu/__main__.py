@@ -80,6 +80,8 @@ def run_call(args: Any) -> int:
     for ended in (signal.SIGTERM, signal.SIGHUP):  # even then the call brings back its results
         signal.signal(ended, lambda *_: sys.exit("ended from outside"))
     setting = settings.SMALL if args.small else settings.Setting()
+    if getattr(args, "models", None) is not None:
+        setting = setting._replace(models=args.models)
     call = stages.Call(setting, args.seconds, args.keep, Path(out))
     try:
         getattr(calls, args.command)(call)
@@ -115,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=str(getattr(calls, name).__doc__).splitlines()[0])
         help_text = "within which the call ends; let the tool that runs it wait 20 longer"
         command.add_argument("seconds", type=at_least(float, 60.0, 3600.0), help=help_text)
+        if name == "first":
+            help_text = "whose step times are measured; none if no model is named"
+            command.add_argument("--models", nargs="*", metavar="MODEL", help=help_text)
         command.add_argument("--small", action="store_true", help="the rehearsal's setting")
         command.add_argument("--keep", type=Path, default=KEEP, help="what stays between the two")
     command = commands.add_parser("unpack", help="put the halves together; `second` does it")

@@ -38,9 +38,11 @@ def read_launches(planes: Iterable[Any]) -> list[Launch]:
             if devices and not line.name.startswith("Stream"):
                 continue  # a summary of what the streams ran
             for event in line.events:
-                name = next((value for key, value in event.stats if key == "hlo_op"), None)
-                if name or devices:
-                    found.append(Launch(name or event.name, event.start_ns, event.duration_ns))
+                name = next((value for key, value in event.stats if key == "hlo_op"), "")
+                if name.startswith("command_buffer") or (devices and not name):
+                    name = event.name  # of the kernel, where a CUDA graph hides the instruction
+                if name:
+                    found.append(Launch(name, event.start_ns, event.duration_ns))
     return sorted(found, key=lambda launch: launch.start)
 
 
