@@ -117,11 +117,16 @@ def write_speed(folder: Path = RESULTS) -> Iterator[str]:
 def write_speed_of_one(content: dict[str, Any]) -> Iterator[str]:
     yield describe_source(content)
     yield to_markdown(speed.HEADER, speed.format_rows(content["optimizers"]))
+    if traces := content.get("traces"):
+        yield "The kernels of these steps, by kind: how many, their microseconds, and TB/s."
+        yield to_markdown(speed.TRACE_HEADER, speed.format_traces(traces))
 
 
 def describe_source(content: dict[str, Any]) -> str:
-    device = content["environment"]["device"]
-    return f"{content['title']} (`{content['command']}`; device: {device}):"
+    environment, command = content["environment"], content["command"]
+    if flags := environment.get("xla_flags"):  # older results do not name them
+        command = f"XLA_FLAGS={flags} {command}"
+    return f"{content['title']} (`{command}`; device: {environment['device']}):"
 
 
 def write_cost(folder: Path = RESULTS) -> Iterator[str]:
@@ -203,6 +208,8 @@ def write_gpu(folder: Path = RESULTS) -> Iterator[str]:
     """The predictions beside the measurements that decide them; then every measurement."""
     yield to_markdown(predictions.HEADER, predictions.list_rows(folder / "gpu"))
     for path in list_gpu_results("speed_*", folder):
+        yield from write_speed_of_one(read_json(path))
+    for path in list_gpu_results("flags/speed_*", folder):
         yield from write_speed_of_one(read_json(path))
     for runs in sorted((folder / "gpu").glob("*/table2")):
         yield from write_table2(runs)

@@ -1,7 +1,7 @@
 """What one optimizer step costs beside `optax.adam` in the same run: time, state, memory, compilation.
 
     python -m benchmarks.speed [--model resnet18 resnet50 small] [--rounds 21] [--only NAME] [--torch]
-                               [--out DIR]
+                               [--trace] [--out DIR]
 
 Every step is jitted, with donated buffers, and takes its turn of ten steps in every round.
 Therefore the ratios are meaningful on a noisy machine; the milliseconds are not. An accelerator
@@ -247,7 +247,9 @@ def measure_model(model: str, args: Namespace, turn: Callable[[], None]) -> None
         about = {"command": make_command(model, args), "title": title, "environment": environment}
         if traces:
             kernels = {name: trace.pop("kernels") for name, trace in traces.items()}
-            report.write_json(path.with_name(f"kernels_of_{path.name}"), about | {"kernels": kernels})
+            report.write_json(
+                path.with_name(f"kernels_of_{path.name}"), about | {"kernels": kernels}
+            )
         report.write_json(path, about | {"optimizers": rows, "traces": traces})
         print(f"written: {path}")
 

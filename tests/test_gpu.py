@@ -417,3 +417,17 @@ def test_a_rehearsal_fails_when_it_should(tmp_path):
         (run / f"{i}.json").write_text(json.dumps({"commit": None if i else "0123abc"}))
     with pytest.raises(rehearse.Failure, match="commits"):
         rehearse.check_results(tmp_path, settings.SMALL, "0123abc")
+
+
+@pytest.mark.parametrize(
+    ("words", "models"),
+    [([], settings.Setting().models), (["--models"], []), (["--models", "gpt2"], ["gpt2"])],
+)
+def test_models_whose_step_times_are_measured(tmp_path, monkeypatch, words, models):
+    """A quarter of an hour that has to go on with the training names none."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(stages, "read_commit", lambda: "0")
+    seen = []
+    monkeypatch.setattr(calls, "first", lambda call: seen.append(call.setting.models))
+    assert gpu.main(["first", "60", "--keep", str(tmp_path / "keep"), *words]) == 0
+    assert seen == [models]

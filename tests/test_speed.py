@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from types import SimpleNamespace
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 import spherical_optax as so
 from benchmarks import speed
-from benchmarks.measuring import contenders, optax_steps, parameters, speed_peers
+from benchmarks.measuring import contenders, kernel_times, optax_steps, parameters, speed_peers
 
 
 def test_parameters():
@@ -44,6 +45,20 @@ def test_run(tmp_path, monkeypatch, capsys):
     ours = [row for name, row in rows.items() if not name.startswith(speed_peers.LIBRARIES)]
     assert all(row["compile_seconds"] > 0 for row in ours)
     few = ["--model", "small", "--rounds", "1", "--only", "so.adamsrt", "--out", str(tmp_path)]
+    with warnings.catch_warnings():  # of nanobind's, at the first use of jax.profiler.ProfileData
+        warnings.simplefilter("ignore", DeprecationWarning)
+        speed.main([*few, "--trace"])
+    assert "microseconds" in capsys.readouterr().out
+    content = json.loads((tmp_path / "speed_few_small.json").read_text("utf-8"))
+    traces = content["traces"]
+    for name, trace in traces.items():
+        assert 0 < trace["busy_microseconds"] <= trace["span_microseconds"], name
+    # x + c g of nine arrays needs nine kernels
+    assert round(traces[speed.FLOOR]["kinds"]["loop fusion"]["launches"]) == 9
+    listed = json.loads((tmp_path / "kernels_of_speed_few_small.json").read_text("utf-8"))[
+        "kernels"
+    ]
+    assert {row["kind"] for row in listed[speed.FLOOR].values()} == {"loop fusion"}
     speed.main(few)
     content = json.loads((tmp_path / "speed_few_small.json").read_text("utf-8"))
     assert list(content["optimizers"]) == [speed.FLOOR, speed.REFERENCE, "so.adamsrt"]
@@ -69,6 +84,54 @@ def test_ten_steps_in_one_call():
     chex.assert_trees_all_close((once.params, once.state), (often.params, often.state), rtol=1e-5)
     rows = speed.measure(shapes, spheres, 2, 0.0, only=["so.adamsrt"], torch=False, scan=True)
     assert rows[speed.FLOOR]["floor_ratio"] == 1.0
+
+
+def test_kernels_of_a_gpu():
+    """By the names of instructions, and inside a CUDA graph by those of the kernels."""
+
+    def event(name, start, duration, **stats):
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats.items())
+
+    host = SimpleNamespace(name="python", events=[event("f", 0, 9, hlo_op="nothing")])
+    stream = SimpleNamespace(
+        name="Stream #7(Compute)",
+        events=[
+            event("loop_multiply_fusion_1", 4000, 2000, hlo_op="command_buffer_4"),
+            event("input_reduce", 1000, 3000, hlo_op="input_reduce_fusion"),
+            event("memcpy", 9000, 1000),
+        ],
+    )
+    summary = SimpleNamespace(name="XLA Ops", events=stream.events)
+    launches = kernel_times.read_launches(
+        [
+            SimpleNamespace(name="/host:CPU", lines=[host]),
+            SimpleNamespace(name="/device:GPU:0", lines=[summary, stream]),
+        ]
+    )
+    assert [launch.instruction for launch in launches] == [
+        "input_reduce_fusion",
+        "loop_multiply_fusion_1",
+        "memcpy",
+    ]
+    program = """
+%fused (a: f32[100]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  ROOT %b = f32[100]{0} multiply(%a, %a)
+}
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %input_reduce_fusion = f32[] fusion(%x), kind=kInput, calls=%fused
+  ROOT %loop_multiply_fusion.1 = f32[100]{0} fusion(%x), kind=kLoop, calls=%fused
+}"""
+    found = kernel_times.summarize(launches, program, steps=2)
+    assert found["kinds"] == {
+        "input fusion": {"launches": 0.5, "microseconds": 1.5, "bytes": 202.0},
+        "loop fusion": {"launches": 0.5, "microseconds": 1.0, "bytes": 400.0},
+        "other": {"launches": 0.5, "microseconds": 0.5, "bytes": 0.0},
+    }
+    assert found["busy_microseconds"] == 3.0
+    assert found["span_microseconds"] == 4.5
+    assert list(found["kernels"]) == ["input_reduce_fusion", "loop_multiply_fusion_1", "memcpy"]
 
 
 def test_another_device_does_not_overwrite(monkeypatch):

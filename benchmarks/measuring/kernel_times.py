@@ -49,7 +49,7 @@ def read_launches(planes: Iterable[Any]) -> list[Launch]:
 def summarize(launches: list[Launch], program: str, steps: int) -> dict[str, Any]:
     """Launches, microseconds and bytes of one of `steps` steps, by kind and by instruction.
 
-    `busy` is the time during which at least one kernel ran, `span` that from the first start to the
+    "busy" is the time during which at least one kernel ran, "span" that from the first start to the
     last end. What lies between them is waiting for launches.
     """
     known = hlo.list_instructions(program)

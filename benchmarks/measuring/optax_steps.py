@@ -67,7 +67,7 @@ class Step:
 
     def read_program(self) -> str:
         """The text of the compiled program."""
-        return self._compiled.as_text()
+        return self._compiled.as_text() or ""
 
     def run(self) -> None:
         start = time.perf_counter()
