@@ -86,7 +86,10 @@ def check_spheres(
     invariant group has a cosine of zero (Lemma 1, Eq. 2).
 
     The eps of a normalisation layer breaks invariance where the weights are small. Scaling at 10, 100
-    and 1000 times the radius tells an eps apart, and it passes.
+    and 1000 times the radius tells an eps apart, and it passes as "invariant but for eps". Where the eps
+    is as large as the variance, `find_spheres` leaves the array off the spheres all the same: it
+    would be invariant with larger weights, and is not yet. The radial cosine, which is then near 1,
+    shows this.
 
     What it costs: four gradients, about two evaluations of `fn` for each parameter array on spheres,
     and two compilations of `fn`.
