@@ -13,7 +13,7 @@ The examples in docstrings assume `import jax, jax.numpy as jnp, optax, spherica
 """
 
 from spherical_optax import analysis, geometry
-from spherical_optax._core.matching import spheres_where
+from spherical_optax._core.matching import on_spheres, spheres_where
 from spherical_optax._core.sphere import Sphere
 from spherical_optax._discovery.check import check_spheres
 from spherical_optax._discovery.find import find_spheres, survey_spheres
@@ -23,7 +23,8 @@ from spherical_optax._optimizers.adamp import adamp, sgdp
 from spherical_optax._optimizers.hyperball import adamh, hyperball, muonh
 from spherical_optax._optimizers.sgd_variants import sgd, sgd_mrt
 from spherical_optax._optimizers.variants import VARIANTS
-from spherical_optax._transforms.constraints import normalize, project, retract
+from spherical_optax._transforms.constraints import center, normalize, project, retract
+from spherical_optax._transforms.decouple import decouple
 from spherical_optax._transforms.momentum import ema, trace
 from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
@@ -44,13 +45,16 @@ __all__ = [
     "adamsrt",
     "adamst",
     "analysis",
+    "center",
     "check_spheres",
+    "decouple",
     "ema",
     "find_spheres",
     "geometry",
     "hyperball",
     "muonh",
     "normalize",
+    "on_spheres",
     "project",
     "quotient",
     "retract",

@@ -46,6 +46,34 @@ def _transported(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
     return so.hyperball(inner, learning_rate, spheres, "initial")
 
 
+def _rotational(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
+    return optax.chain(
+        so.ema(0.9, weight_decay=weight_decay, accumulator_dtype=mu_dtype),
+        so.center(spheres),
+        so.project(spheres),
+        so.normalize(spheres, decay=0.9),
+        optax.scale_by_learning_rate(learning_rate),
+        so.retract(spheres, "initial"),
+    )
+
+
+def _braked(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
+    return optax.chain(
+        so.adams(learning_rate, spheres, weight_decay=weight_decay, mu_dtype=mu_dtype),
+        so.normalize(spheres, at_least=1e-3),
+        so.retract(spheres, outward=0.5, inward=1.0),
+    )
+
+
+def _decoupled(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
+    return so.decouple(
+        so.adams(learning_rate, spheres, weight_decay=weight_decay, mu_dtype=mu_dtype),
+        so.adam(learning_rate),
+        (spheres, lambda params: jax.tree.map(lambda x: so.Sphere(()) if x.ndim else None, params)),
+        phi=jax.nn.softplus,
+    )
+
+
 TABLE = {
     "adam": Row(so.adam, elementwise=True),
     "adams": Row(so.adams),
@@ -63,6 +91,9 @@ TABLE = {
     "adamh": Row(so.adamh, elementwise=True, keeps_radius=True),
     "muonh": Row(so.muonh, keeps_radius=True, couples=True),
     "hyperball": Row(_transported, keeps_radius=True),
+    "rotational": Row(_rotational, keeps_radius=True),
+    "braked": Row(_braked),
+    "decoupled": Row(_decoupled, couples=True),
 }
 
 

@@ -71,6 +71,38 @@ def spheres_where(
     return spheres
 
 
+def on_spheres(spheres: Spheres) -> Callable[[Any], Any]:
+    """Makes a mask: a function of the parameters that says of every leaf whether it is on spheres.
+
+    Use this when something should happen on the spheres only, or off them only: in `optax.masked`, as
+    the mask of `optax.add_decayed_weights`, or as labels of `optax.partition`.
+
+    Args:
+      spheres: how the leaves split into groups.
+
+    Returns:
+      A function that takes a tree of parameters, or of updates, and returns a tree of bool. A leaf whose
+      groups have one coordinate counts as off the spheres, because optimizers treat it so.
+
+    Raises:
+      ValueError: when called, if `spheres` does not fit.
+
+    >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    >>> mask = so.on_spheres({"kernel": so.Sphere(), "bias": None})
+    >>> mask(params)
+    {'bias': False, 'kernel': True}
+    >>> tx = optax.add_decayed_weights(1e-4, mask)
+
+    Source: section 2.1 of "A spherical analysis of Adam with Batch Normalization" for the spheres.
+    """
+
+    def mask(tree: Any) -> Any:
+        groups = match(spheres, tree).with_tangent_space()
+        return groups.label(tree, lambda leaf: leaf is not None)
+
+    return mask
+
+
 def _count_required_arguments(function: Callable[..., bool]) -> int:
     try:
         parameters = inspect.signature(function).parameters.values()

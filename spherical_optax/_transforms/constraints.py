@@ -13,14 +13,26 @@ import optax
 from jax.core import Tracer
 
 from spherical_optax import geometry
-from spherical_optax._core.arguments import is_number, require_params
+from spherical_optax._core.arguments import (
+    is_constant_zero,
+    is_number,
+    require_decay,
+    require_number,
+    require_params,
+)
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.safe_math import divide_or_one, is_low_precision, is_zero, upcast
+from spherical_optax._core.safe_math import (
+    divide_or_one,
+    is_low_precision,
+    is_zero,
+    sqrt,
+    upcast,
+)
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import cast_like
+from spherical_optax._core.trees import as_dtype, cast_like, correct_bias, mix
 
 
 def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
@@ -59,20 +71,47 @@ def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
-    """Scales the updates of each sphere to the length of its radius: q <- r q / ||q||.
+class NormalizeState(NamedTuple):
+    """State of `normalize` with a `decay`."""
+
+    MOMENTS = Moments()
+
+    count: jax.typing.ArrayLike  # steps taken, int32
+    nu: Any  # running mean of ||q||^2, one number per group
+
+
+def normalize(
+    spheres: Spheres,
+    *,
+    decay: jax.typing.ArrayLike | None = None,
+    at_least: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the updates of each sphere to the length of its radius: q <- r q / ||q||.
 
     Use this when the learning rate should be the fraction of its radius by which every group moves.
 
+    With `decay` the divisor is no longer the length of this update, but the root of a running mean:
+
+    q <- r q / sqrt(nu / (1 - decay^t)),   nu <- decay nu + (1 - decay) ||q||^2
+
+    An update that is twice as long as usual then remains so, and rare gradients do not turn into full
+    steps. With `at_least`, a fraction of the radius, updates are only lengthened:
+
+    q <- max(1, at_least r / l) q,   l the divisor above
+
     Args:
       spheres: how the leaves split into groups.
+      decay: rate of decay of the running mean, in [0, 1); None divides by the length itself.
+      at_least: no update is shorter than this part of the radius; None makes all as long as the radius.
 
     Returns:
-      A stateless `GradientTransformationExtraArgs` that needs `params`. It leaves updates unchanged off
-      the spheres, in groups of one coordinate, and where the parameters or the updates are zero.
+      A `GradientTransformationExtraArgs` that needs `params`. It leaves updates unchanged off the
+      spheres, in groups of one coordinate, and where the parameters or the updates are zero. State: with
+      `decay`, one number per group.
 
     Raises:
-      ValueError: if `spheres` does not fit; in `update`, if `params` is missing.
+      ValueError: if `decay` or `at_least` is no number, or `spheres` does not fit; in `update`, if
+        `params` is missing.
 
     >>> tx = so.normalize(so.Sphere())
     >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
@@ -81,18 +120,78 @@ def normalize(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
     {'kernel': Array([[1.2],
            [1.6]], dtype=float32)}
 
-    Source: the update of "hyperball" optimizers, r q / ||q|| (see `hyperball`).
+    Source: the update of "hyperball" optimizers, r q / ||q|| (see `hyperball`); with `decay` that of
+    rotational optimizers, Kosson, Messmer and Jaggi, "Rotational equilibrium: how weight decay balances
+    learning across neural networks" (2024).
+    """
+    if decay is not None:
+        require_decay("normalize", decay)
+    if at_least is not None:
+        require_number("normalize", "at_least", at_least)
+
+    def init(params):
+        groups = match(spheres, params).with_tangent_space()
+        if decay is None:
+            return optax.EmptyState()
+        return NormalizeState(jnp.zeros([], jnp.int32), groups.make_zeros(params))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        groups = match_updates(spheres, updates, params).with_tangent_space()
+        radius = geometry.norm(require_params(params), groups)
+        squares = geometry.dot(updates, updates, groups)
+        if decay is not None:
+            count = optax.safe_increment(state.count)
+            nu = mix(squares, groups.read_state("nu", state.nu), decay, 1 - decay)
+            state = NormalizeState(count, groups.choose(nu, state.nu))
+            squares = correct_bias(groups.map_per_group(lambda v: v, nu), decay, count)
+
+        def compute_factor(r, qq):
+            factor = divide_or_one(r, sqrt(qq))
+            if at_least is not None:
+                factor = jnp.maximum(as_dtype(at_least, r.dtype) * factor, 1.0)
+            return jnp.where(is_zero(r) | is_zero(sqrt(qq)), 1.0, factor)
+
+        factor = groups.map_per_group(compute_factor, radius, squares)
+        return cast_like(geometry.scale(updates, factor, groups), params), state
+
+    return optax.GradientTransformationExtraArgs(init, with_open_boxes(update))
+
+
+def center(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
+    """Removes the mean over each group from the updates: q <- q - mean(q).
+
+    Use this when the weights of every filter should keep their mean, as in weight standardisation.
+    Unlike `optax.centralize`, whose axes are PyTorch's, it follows `spheres`. Called once on the
+    parameters in place of updates, it centres these.
+
+    Args:
+      spheres: how the leaves split into groups; the mean is over all coordinates of a group, those in
+        tied arrays included.
+
+    Returns:
+      A stateless `GradientTransformationExtraArgs`. It leaves updates unchanged off the spheres, and in
+      groups of one coordinate.
+
+    Raises:
+      ValueError: if `spheres` does not fit.
+
+    >>> tx = so.center(so.Sphere())
+    >>> updates = {"kernel": jnp.array([[1.0], [3.0]])}
+    >>> tx.update(updates, tx.init(updates))[0]
+    {'kernel': Array([[-1.],
+           [ 1.]], dtype=float32)}
+
+    Source: Liu, Bernstein, Meister and Yue, "Learning by turning: neural architecture aware
+    optimisation" (2021), for the weights; `zero_mean` of rotational optimizers (see `normalize`).
     """
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         groups = match_updates(spheres, updates, params).with_tangent_space()
-        factor = groups.map_per_group(
-            lambda r, q: jnp.where(is_zero(r), 1.0, divide_or_one(r, q)),
-            geometry.norm(require_params(params), groups),
-            geometry.norm(updates, groups),
-        )
-        return cast_like(geometry.scale(updates, factor, groups), params), state
+        mean = groups.mean(groups.sum(lambda q: q, updates))
+        centred = groups.map(lambda q, c: q - c, updates, mean)
+        return cast_like(centred, params), state
 
     return optax.GradientTransformationExtraArgs(
         _make_checking_init(spheres), with_open_boxes(update)
@@ -118,25 +217,37 @@ class RetractState(NamedTuple):
 
 
 def retract(
-    spheres: Spheres, radius: jax.typing.ArrayLike | Literal["current", "initial"] = "current"
+    spheres: Spheres,
+    radius: jax.typing.ArrayLike | Literal["current", "initial"] = "current",
+    *,
+    outward: jax.typing.ArrayLike = 0.0,
+    inward: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Changes the updates so that the parameters have radius R after `apply_updates`.
+    r"""Changes the updates so that the parameters have radius R after `apply_updates`.
 
-    Use this when weights should stay on spheres of fixed radius. It belongs at the end of a chain, after
-    the learning rate: x + q <- R (x + q) / ||x + q||.
+    Use this when weights should stay on spheres of fixed radius, or near them. It belongs at the end of
+    a chain, after the learning rate. With y = x + q,
+
+    y <- (R + c (||y|| - R)) y / ||y||,   c = `outward` where ||y|| > R, else `inward`
+
+    (0, 0) is the retraction, R y / ||y||, and (1, 1) is no constraint. (0, 1) with a number for R keeps
+    the weights inside a ball; (0.5, 1) brakes their growth.
 
     Args:
       spheres: how the leaves split into groups.
       radius: R. "current" is the radius before the step. "initial" is the radius at `init`: the state
         holds it, and it does not drift in low precision. A number is one radius for all groups.
+      outward: the part of a step out of the sphere that remains, from 0 to 1.
+      inward: the part of a step into the sphere that remains, from 0 to 1.
 
     Returns:
       A `GradientTransformationExtraArgs` that needs `params`. It leaves updates unchanged off the
       spheres, in groups of one coordinate, and where x, x + q or R is zero.
 
     Raises:
-      ValueError: if `radius` is neither of the two words nor a positive number, or `spheres` does not
-        fit the parameters; in `update`, if `params` is missing.
+      ValueError: if `radius` is neither of the two words nor a positive number, if `outward` or `inward`
+        is not in [0, 1], or if `spheres` does not fit the parameters; in `update`, if `params` is
+        missing.
 
     >>> tx = optax.chain(optax.sgd(1.0), so.retract(so.Sphere(), 1.0))
     >>> params = {"kernel": jnp.array([[1.0], [0.0]])}
@@ -145,12 +256,18 @@ def retract(
     {'kernel': Array([[0.6],
            [0.8]], dtype=float32)}
 
-    Source: the second line of AdamG*, section 3.2 of the paper.
+    Source: the second line of AdamG*, section 3.2 of the paper. With `outward=0.5` and `inward=1.0` it
+    is the "radial brake" of NVIDIA's Emerging-Optimizers.
     """
     if not _is_radius(radius):
         raise ValueError(
             f"retract: radius is {radius!r}, not 'current', 'initial' or a positive number"
         )
+    for name, part in (("outward", outward), ("inward", inward)):
+        require_number("retract", name, part)
+        if not _is_part(part):
+            raise ValueError(f"retract: {name} is {part!r}, not in [0, 1]")
+    strict = is_constant_zero(outward) and is_constant_zero(inward)
     keep = isinstance(radius, str) and radius == "initial"
 
     def init(params):
@@ -173,6 +290,8 @@ def retract(
             state = RetractState(groups.choose(wanted, state.kept))
         # The target is computed in at least float32: a step in low precision is then rounded once.
         point = jax.tree.map(upcast, require_params(params))
+        if not strict:
+            wanted = _leave_parts(point, updates, groups, wanted, outward, inward)
         target = geometry.retract(point, updates, groups, wanted)
         if wanted is not None:
             target = _compensate_rounding(target, params, groups)
@@ -180,6 +299,27 @@ def retract(
         return cast_like(step, params), state
 
     return optax.GradientTransformationExtraArgs(init, with_open_boxes(update))
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Tracer) or (jnp.ndim(part) == 0 and 0 <= float(part) <= 1)
+
+
+def _leave_parts(x: Any, q: Any, groups: Groups, wanted: Any, outward: Any, inward: Any) -> Any:
+    """The radii R + c (||x + q|| - R), with R = `wanted`, or ||x|| if that is None."""
+    before = geometry.norm(x, groups)
+    if wanted is None:
+        wanted = before
+    elif jax.tree_util.all_leaves([wanted]) and jnp.ndim(wanted) == 0:
+        wanted = groups.map_per_group(lambda r: jnp.full_like(r, wanted), before)
+    after = groups.sum(lambda x, q: jnp.square(x + q), x, q)
+
+    def leave_part(r, yy):
+        y = sqrt(yy)
+        part = jnp.where(y > r, as_dtype(outward, r.dtype), as_dtype(inward, r.dtype))
+        return r + part * (y - r)
+
+    return groups.map_per_group(leave_part, wanted, after)
 
 
 def _is_radius(radius: Any) -> bool:

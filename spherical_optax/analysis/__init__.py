@@ -11,6 +11,7 @@ from spherical_optax.analysis._pictures.sphere import plot_sphere
 from spherical_optax.analysis._theory.equilibrium import (
     Equilibrium,
     adamw_equilibrium,
+    lion_equilibrium,
     sgd_equilibrium,
 )
 from spherical_optax.analysis._theory.momentum_parts import MomentumParts, decompose_momentum
@@ -45,6 +46,7 @@ __all__ = [
     "effective_sgd",
     "effective_sgd_momentum",
     "image_step",
+    "lion_equilibrium",
     "measure_step",
     "plot_angles",
     "plot_effective_lr",

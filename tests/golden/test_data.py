@@ -35,3 +35,10 @@ def test_copy_is_faithful():
         assert set(copied_steps) == set(published_steps)
         for name in published_steps:
             np.testing.assert_array_equal(copied_steps[name], published_steps[name])
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published set is not beside the repository")
+@pytest.mark.parametrize("name", ["cases.json", "problem.npz", "trajectories.npz"])
+def test_copy_of_norm_control_is_faithful(name):
+    ours, published = recorded.DATA / "norm_control" / name, PUBLISHED / "norm_control" / name
+    assert ours.read_bytes() == published.read_bytes()

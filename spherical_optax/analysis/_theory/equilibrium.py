@@ -99,6 +99,49 @@ def adamw_equilibrium(
     return Equilibrium(jnp.sqrt(2 * eta * lam * (1 - b1) / (1 + b1)), jnp.sqrt(eta * d / (2 * lam)))
 
 
+def lion_equilibrium(
+    learning_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike,
+    size: jax.typing.ArrayLike,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+) -> Equilibrium:
+    r"""Computes the equilibrium of Lion, with the same angle for every group, whatever its gradients.
+
+    Use this when you want the angle of a rotational optimizer, or one to compare a training run with.
+
+    angle = sqrt(pi / 2) sqrt(2 eta lambda) s,   radius = eta sqrt(d) / angle,
+    s^2 = (1 - b1)^2 + b1^2 (1 - b2) / (1 + b2)
+
+    This holds for gradients that are noise, orthogonal to x and uncorrelated from step to step. Every
+    coordinate moves by eta, so a step has the length eta sqrt(d), and s is the length of
+    b1 m + (1 - b1) g in units of that of g.
+
+    Args:
+      learning_rate: eta.
+      weight_decay: lambda of the decoupled decay, as in `optax.lion`.
+      size: d, the number of coordinates of a group. The angle does not depend on it.
+      b1: the share of the momentum in the sign.
+      b2: decay of the momentum.
+
+    Returns:
+      An `Equilibrium`: the angle of one step in radians, and the radius.
+
+    Raises:
+      ValueError: if an argument is a schedule, or negative.
+
+    >>> so.analysis.lion_equilibrium(1e-4, 1.0, size=576)
+    Equilibrium(angle=Array(0.002, dtype=float32), radius=Array(1.142, dtype=float32))
+
+    Source: Kosson, Messmer and Jaggi, "Rotational equilibrium: how weight decay balances learning across
+    neural networks" (2024).
+    """
+    eta, lam, d, b1, b2 = _convert_to_floats(learning_rate, weight_decay, size, b1, b2)
+    share = jnp.sqrt((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2))
+    angle = jnp.sqrt(jnp.pi * eta * lam) * share
+    return Equilibrium(angle, eta * jnp.sqrt(d) / angle)
+
+
 def _convert_to_floats(*values: jax.typing.ArrayLike) -> list[jax.Array]:
     for x in values:
         reject_schedule("equilibrium", x)
