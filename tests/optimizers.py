@@ -69,7 +69,7 @@ def _decoupled(learning_rate, spheres, *, weight_decay=0.0, mu_dtype=None):
     return so.decouple(
         so.adams(learning_rate, spheres, weight_decay=weight_decay, mu_dtype=mu_dtype),
         so.adam(learning_rate),
-        (spheres, lambda params: jax.tree.map(lambda x: so.Sphere(()) if x.ndim else None, params)),
+        (spheres,),
         phi=jax.nn.softplus,
     )
 
@@ -92,8 +92,8 @@ TABLE = {
     "muonh": Row(so.muonh, keeps_radius=True, couples=True),
     "hyperball": Row(_transported, keeps_radius=True),
     "rotational": Row(_rotational, keeps_radius=True),
-    "braked": Row(_braked),
-    "decoupled": Row(_decoupled, couples=True),
+    "braked": Row(_braked, keeps_radius=True),
+    "decoupled": Row(_decoupled),
 }
 
 

@@ -102,11 +102,17 @@ def decouple(
         )
 
     def init(params):
-        x = open_boxes(params)
+        x = jax.tree.map(jnp.asarray, open_boxes(params))
         all_groups = [match(spheres, x) for spheres in gains]
         u, z = start(x) if start else (x, _make_unit_gains(phi, all_groups, x))
         z = _check_start(all_groups, x, u, z)
-        u = _map(all_groups, lambda u, w: jnp.asarray(u, w.dtype), u, x, off=lambda _, w: w)
+        u = _map(
+            all_groups,
+            lambda u, w: jnp.asarray(u, w.dtype),
+            u,
+            x,
+            off=lambda _, w: w,
+        )
         z = tuple(
             groups.make_state(values, params, off=lambda _: None)
             for groups, values in zip(all_groups, z, strict=True)
@@ -116,7 +122,7 @@ def decouple(
         return DecoupleState(move_u.init(u), move_z.init(z), stored, z)
 
     def update(updates, state, params=None, **extra_args):
-        w = require_params(params)
+        w = jax.tree.map(jnp.asarray, require_params(params))
         all_groups = [match_updates(spheres, updates, w) for spheres in gains]
         z = _read_z(all_groups, state.z)
         gain = _compute_gain(phi, all_groups, z, w)

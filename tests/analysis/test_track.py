@@ -158,7 +158,7 @@ class TestEffectiveRate:
             grads = random_tree(seed, dtype=jnp.float64)
             updates, state = update(grads, state, params)
             before, params = params, optax.apply_updates(params, updates)
-        if name == "muonh":  # a step that is no a / b: no rate, or 0 at d = 1
+        if name in ("muonh", "rotational", "decoupled"):  # no a / b: no rate, or 0 at d = 1
             rates = jax.tree.leaves(state.effective_lr)
             assert not any(bool(jnp.any(rate != 0)) for rate in rates)
             assert state.effective_lr["conv"]["kernel"] is None

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import spherical_optax as so
+from spherical_optax._transforms.decouple import identity
 
 from ..optimizers import SPHERES, TABLE, random_tree
 
@@ -43,8 +44,17 @@ SIGNATURES = {
     ),
     "quotient": ({"a": REQUIRED, "b": REQUIRED}, {}),
     "project": ({"spheres": REQUIRED}, {}),
-    "normalize": ({"spheres": REQUIRED}, {}),
-    "retract": ({"spheres": REQUIRED, "radius": "current"}, {}),
+    "normalize": ({"spheres": REQUIRED}, {"decay": None, "at_least": None}),
+    "retract": (
+        {"spheres": REQUIRED, "radius": "current"},
+        {"outward": 0.0, "inward": 0.0},
+    ),
+    "center": ({"spheres": REQUIRED}, {}),
+    "on_spheres": ({"spheres": REQUIRED}, {}),
+    "decouple": (
+        {"direction": REQUIRED, "magnitude": REQUIRED, "gains": REQUIRED},
+        {"phi": identity, "start": None},
+    ),
     "sgd": (
         {"learning_rate": REQUIRED, "spheres": None, "momentum": None},
         {"weight_decay": 0.0, "mu_dtype": None},

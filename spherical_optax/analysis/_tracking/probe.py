@@ -125,10 +125,11 @@ def fit_denominators(
     columns = ([x for _, x in list_leaves(updates)], *get_leaf_moments(after, tiny))
 
     # All leaves of one Adam have the same b1 and eps: one fit for each state keeps the program small.
+    # It is that of a leaf on the spheres, where the chain may do more than elsewhere.
     fits: dict[int, FittedDenominator] = {}
     leaves = zip(recognised, groups.leaves, list_leaves(tiny), *columns, strict=True)
     for found, leaf, (_, x), q, m, v in leaves:
-        if found is None or found.node in fits or not found.has_momentum:
+        if found is None or leaf is None or found.node in fits or not found.has_momentum:
             continue
         for axis in _choose_axis(leaf, x):
             q, m, v = (_take_first_group(axis, y) for y in (q, m, v))
