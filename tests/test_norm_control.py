@@ -405,7 +405,8 @@ def test_track_around_and_inside():
     moved, state = _move(tx, params, grads, steps=3)
     around, within = state.angle["w"], state.inner_state.direction.angle["w"]
     assert around.shape == within.shape == (1, 3)
-    assert float(around.min()) > 0 and float(within.min()) > 0
+    assert float(around.min()) > 0
+    assert float(within.min()) > 0
     # The gains are of whole matrices: they turn no filter.
     np.testing.assert_allclose(around, within, rtol=1e-4)
     # The moments inside are those of U, and not of W: no rate is claimed for W.
