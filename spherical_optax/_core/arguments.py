@@ -28,6 +28,27 @@ def require_transformation(
     return tx
 
 
+def require_state(state: Any, kind: Any) -> Any:
+    """Returns `state`, and raises a ValueError if it has not the fields of this kind of state."""
+    if not all(hasattr(state, name) for name in kind._fields):
+        raise ValueError(
+            f"the state is a {type(state).__name__}, not a {kind.__name__}: it was made by another "
+            "optimizer, or is the dictionary of a file. Take a state from init; "
+            "flax.serialization.from_state_dict(tx.init(params), state) makes one of a dictionary"
+        )
+    return state
+
+
+def require_rate(learning_rate: Any) -> Any:
+    """Returns a learning rate, and raises a ValueError if it is neither a number nor a schedule."""
+    if not (callable(learning_rate) or is_number(learning_rate)):
+        raise ValueError(
+            f"learning_rate is {reprlib.repr(learning_rate)}, neither a number nor a schedule; it is "
+            "the first argument, and spheres the second"
+        )
+    return learning_rate
+
+
 def is_number(value: Any) -> bool:
     """Whether this is a number or an array, which may be traced."""
     return isinstance(value, int | float | np.number | np.ndarray | jax.Array)
@@ -71,9 +92,9 @@ def require_decay(caller: str, value: Any) -> Any:
     require_number(caller, "the rate of decay", value)
     if is_low_precision(value):
         raise ValueError(
-            f"{caller}: the rate of decay is {jnp.result_type(value)}, in which 0.999 is no other "
-            "number than 1. optax.inject_hyperparams takes the dtype of the parameters: give it "
-            "hyperparam_dtype=jnp.float32"
+            f"{caller}: the rate of decay is {jnp.result_type(value)}, in which 0.9 and 0.999 are other "
+            "numbers (0.898 and 1 in bfloat16). optax.inject_hyperparams takes the dtype of the "
+            "parameters: give it hyperparam_dtype=jnp.float32"
         )
     return value
 

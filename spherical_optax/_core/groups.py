@@ -207,6 +207,12 @@ class Groups:
         boxes, leaves = self._list_boxes(params), self.list_leaves(values)
         return self.unflatten(list(map(make, self.leaves, self.shapes, boxes, leaves)))
 
+    def box_state(self, tree: Any, params: Params) -> Any:
+        """A tree like the parameters as a new optimizer state: in boxes like theirs, but for a None."""
+        boxes, leaves = self._list_boxes(params), self.list_leaves(tree)
+        pairs = zip(boxes, leaves, strict=True)
+        return self.unflatten([None if x is None else put_in_box(box, x) for box, x in pairs])
+
     def make_zeros(self, params: Params, **options: Any) -> Any:
         """A zero per group, as a new optimizer state.
 
@@ -227,20 +233,32 @@ class Groups:
         """
         found = dict(list_leaves(state))
         for path, shape, leaf in zip(self.paths, self.shapes, self.leaves, strict=True):
-            if shape is None:  # no update: the state stays as it is
-                continue
-            expected = (shape if full else ()) if leaf is None else leaf.group_shape
-            if path not in found or (
-                found[path] is not None and jnp.shape(found[path]) != expected
-            ):
-                has = f"shape {jnp.shape(found[path])}" if path in found else "no entry"
-                raise ValueError(
-                    f"{field} of the state has {has} for the parameter {'/'.join(path)!r} of shape "
-                    f"{shape}, where the spheres give {expected}: {OTHER_SPHERES}"
-                )
+            if shape is not None:  # without an update the state stays as it is
+                expected = (shape if full else ()) if leaf is None else leaf.group_shape
+                _require_entry(field, found, path, shape, expected)
         return self.unflatten([found.get(path) for path in self.paths])
+
+    def require_moment(self, field: str, moment: Any) -> None:
+        """Raises if an array of a state has another shape than its parameter."""
+        found = dict(list_leaves(moment))
+        for path, shape in zip(self.paths, self.shapes, strict=True):
+            if shape is not None:
+                _require_entry(field, found, path, shape, shape)
 
     def label(self, tree: Any, f: Callable[[ArrayGroups | None], Any]) -> Any:
         """f of how each leaf splits, in the containers of `tree`: for `optax.masked` and the like."""
         treedef = jax.tree.structure(tree, is_leaf=is_end)
         return jax.tree.unflatten(treedef, map(f, self.leaves))
+
+
+def _require_entry(
+    field: str, found: dict[Path, Any], path: Path, shape: Shape, expected: Shape
+) -> None:
+    """Raises if the entry of a state is missing, or has not the expected shape."""
+    if path in found and (found[path] is None or jnp.shape(found[path]) == expected):
+        return
+    has = f"shape {jnp.shape(found[path])}" if path in found else "no entry"
+    raise ValueError(
+        f"{field} of the state has {has} for the parameter {'/'.join(path)!r} of shape {shape}, where "
+        f"{expected} fits: {OTHER_SPHERES}"
+    )

@@ -31,7 +31,8 @@ def warn(findings: tuple[Finding, ...], changing: list[str]) -> None:
             _logger.warning(
                 "find_spheres: %r of shape %s is undecided and left off the spheres: its radial figure "
                 "is %s at its radius, and %s at 10 times its radius. If you know that it is on a "
-                "sphere, give it a so.Sphere; an L2 penalty in fn, or a large eps, also makes this",
+                "sphere, give it a so.Sphere; an L2 penalty in fn, a large eps, or a nonlinearity in "
+                "front of the normalisation layer, such as GELU or tanh, also makes this",
                 f.path,
                 f.shape,
                 format_figure(f.natural) or "not finite",

@@ -24,6 +24,7 @@ from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._transforms.constraints import retract
 from spherical_optax._transforms.inner_products import to_transformation
+from spherical_optax._transforms.learning_rate import scale_by_learning_rate
 from spherical_optax._transforms.momentum import Ema, ema
 from spherical_optax._transforms.quotient import Quotient, quotient
 from spherical_optax._transforms.second_moment import Rms, rms
@@ -76,7 +77,7 @@ def adam(
     reject_number("adam", spheres, "b1 and b2 follow it")
     a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
     b = rms(b2, eps, weight_decay=weight_decay)
-    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(quotient(a, b), scale_by_learning_rate(learning_rate))
 
 
 def adams(
@@ -122,7 +123,7 @@ def adams(
     """
     a = ema(b1, weight_decay=weight_decay, accumulator_dtype=mu_dtype)
     b = rms(b2, eps, spheres, weight_decay=weight_decay)
-    return optax.chain(quotient(a, b), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(quotient(a, b), scale_by_learning_rate(learning_rate))
 
 
 def adamst(
@@ -174,9 +175,7 @@ def adamst(
         accumulator_dtype=mu_dtype,
     )
     b = Rms(decay=b2, eps=eps, spheres=spheres, weight_decay=weight_decay)
-    return optax.chain(
-        to_transformation(Quotient(a, b)), optax.scale_by_learning_rate(learning_rate)
-    )
+    return optax.chain(to_transformation(Quotient(a, b)), scale_by_learning_rate(learning_rate))
 
 
 def adamsrt(
@@ -230,9 +229,7 @@ def adamsrt(
         accumulator_dtype=mu_dtype,
     )
     b = Rms(decay=b2, eps=eps, spheres=spheres, rescale=True, weight_decay=weight_decay)
-    return optax.chain(
-        to_transformation(Quotient(a, b)), optax.scale_by_learning_rate(learning_rate)
-    )
+    return optax.chain(to_transformation(Quotient(a, b)), scale_by_learning_rate(learning_rate))
 
 
 def adamg(
@@ -282,6 +279,6 @@ def adamg(
     return optax.chain(
         add_decay_off_spheres(spheres, weight_decay),
         quotient(a, b),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         retract(spheres, 1.0),
     )

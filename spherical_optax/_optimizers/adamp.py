@@ -15,6 +15,7 @@ from spherical_optax._core.safe_math import divide_or_zero, sqrt
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Sphere, Spheres
 from spherical_optax._core.trees import as_dtype, cast_like, drop_missing
+from spherical_optax._transforms.learning_rate import scale_by_learning_rate
 from spherical_optax._transforms.momentum import ema, trace
 from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
@@ -80,7 +81,7 @@ def adamp(
     direction = quotient(ema(b1, nesterov=nesterov, accumulator_dtype=mu_dtype), rms(b2, eps))
     return optax.chain(
         _remove_radial_part(direction, spheres, weight_decay, Guess(delta, eps, wd_ratio)),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -140,7 +141,7 @@ def sgdp(
             Guess(delta, eps, wd_ratio),
             store_in_trace=not nesterov,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 

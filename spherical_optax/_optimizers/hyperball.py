@@ -20,6 +20,7 @@ from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
 from spherical_optax._transforms.constraints import normalize, retract
+from spherical_optax._transforms.learning_rate import scale_by_learning_rate
 from spherical_optax._transforms.momentum import ema
 from spherical_optax._transforms.quotient import quotient
 from spherical_optax._transforms.second_moment import rms
@@ -78,7 +79,7 @@ def hyperball(
     return optax.chain(
         require_transformation("hyperball", inner),
         normalize(spheres),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         retract(spheres, radius),
     )
 

@@ -15,6 +15,7 @@ from spherical_optax._core.arguments import reject_number
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
+from spherical_optax._transforms.learning_rate import scale_by_learning_rate
 from spherical_optax._transforms.momentum import trace
 from spherical_optax._transforms.weight_decay import add_decayed_weights
 
@@ -59,7 +60,7 @@ def sgd(
         optax.stateless(cast_like)
         if momentum is None
         else trace(momentum, accumulator_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -106,5 +107,5 @@ def sgd_mrt(
     return optax.chain(
         add_decayed_weights(weight_decay),
         trace(momentum, spheres, transport=True, rescale=True, accumulator_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )

@@ -19,6 +19,7 @@ from spherical_optax._core.arguments import (
     require_decay,
     require_number,
     require_params,
+    require_state,
 )
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
@@ -141,6 +142,7 @@ def normalize(
         radius = geometry.norm(require_params(params), groups)
         squares = geometry.dot(updates, updates, groups)
         if decay is not None:
+            require_state(state, NormalizeState)
             count = optax.safe_increment(state.count)
             nu = mix(squares, groups.read_state("nu", state.nu), decay, 1 - decay)
             state = NormalizeState(count, groups.choose(nu, state.nu))
@@ -281,6 +283,7 @@ def retract(
         groups = match_updates(spheres, updates, params).with_tangent_space()
         wanted: Any = None if isinstance(radius, str) else radius
         if keep:
+            require_state(state, RetractState)
             # A filter that starts at zero has no initial radius: it keeps its first radius above zero.
             wanted = groups.map_per_group(
                 lambda kept, now: jnp.where(is_zero(kept), now, kept),

@@ -10,6 +10,7 @@ import optax
 from spherical_optax._core.arguments import (
     OTHER_SPHERES,
     require_params,
+    require_state,
     require_transformation,
 )
 from spherical_optax._core.boxes import box_like, open_boxes, with_open_boxes
@@ -118,13 +119,13 @@ def decouple(
             for groups, values in zip(all_groups, z, strict=True)
         )
         stored = _map(all_groups, lambda u: u, u, off=lambda _: None)
-        u, stored = box_like(params, u), box_like(params, stored)
-        return DecoupleState(move_u.init(u), move_z.init(z), stored, z)
+        in_u, in_z = move_u.init(box_like(params, u)), move_z.init(z)
+        return DecoupleState(in_u, in_z, all_groups[0].box_state(stored, params), z)
 
     def update(updates, state, params=None, **extra_args):
         w = jax.tree.map(jnp.asarray, require_params(params))
         all_groups = [match_updates(spheres, updates, w) for spheres in gains]
-        z = _read_z(all_groups, state.z)
+        z = _read_z(all_groups, require_state(state, DecoupleState).z)
         gain = _compute_gain(phi, all_groups, z, w)
         u = _map(all_groups, _take_up, state.u, w, gain, off=lambda _, w, __: w)
         before = _map(all_groups, _multiply, u, gain, off=lambda *_: None)

@@ -100,6 +100,11 @@ class Momentum:
 
         if self.has_number_per_group:
             before, kept = kept, groups.read_state("kept", kept)
+        elif kept is not None:
+            raise ValueError(
+                "the state holds one number per group, as with transport or rescale alone: it was made "
+                "by another optimizer. Take a state from init"
+            )
         if self.transport and self.rescale:
             m = groups.map_arrays(
                 move_on_spheres, m, g, x, products.mx, products.xx, off=average_off_spheres

@@ -54,7 +54,7 @@ class Block(Protocol):
         ...
 
     def get_momentum(self, state: Any) -> Any:
-        """The tree m of the inner products, or None if none of them contains m."""
+        """The tree m of the inner products, None without one; raises for another kind of state."""
         ...
 
     def init(self, params: Any) -> Any: ...
@@ -70,8 +70,11 @@ def to_transformation(block: Block) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, **extra_args):
         del extra_args
         groups = match_updates(block.spheres, updates, params).with_tangent_space()
+        momentum = block.get_momentum(state)
+        if momentum is not None:
+            groups.require_moment("the momentum", momentum)
         products = compute_inner_products(
-            block.inner_products, groups, g=updates, x=params, m=block.get_momentum(state)
+            block.inner_products, groups, g=updates, x=params, m=momentum
         )
         return block.update(updates, state, params, products, groups)
 

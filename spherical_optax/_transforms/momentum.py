@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._core.arguments import get_weight_decay, require_decay
+from spherical_optax._core.arguments import get_weight_decay, require_decay, require_state
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.sphere import Spheres
@@ -195,7 +195,7 @@ class Ema:
         return self.momentum.inner_products
 
     def get_momentum(self, state: EmaState) -> Any:
-        return state.ema
+        return require_state(state, EmaState).ema
 
     def init(self, params: Any) -> EmaState:
         mu = optax.tree.zeros_like(params, dtype=self.accumulator_dtype)
@@ -240,7 +240,7 @@ class Trace:
         return self.momentum.inner_products
 
     def get_momentum(self, state: TraceState) -> Any:
-        return state.trace
+        return require_state(state, TraceState).trace
 
     def init(self, params: Any) -> TraceState:
         sums = optax.tree.zeros_like(params, dtype=self.accumulator_dtype)

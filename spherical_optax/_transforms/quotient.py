@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from spherical_optax._core.arguments import require_transformation
+from spherical_optax._core.arguments import require_state, require_transformation
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.moments import Moments
 from spherical_optax._core.safe_math import divide_arrays
@@ -58,6 +58,7 @@ def quotient(
         return QuotientState(a.init(params), b.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        require_state(state, QuotientState)
         top, a_state = a.update(updates, state.a, params, **extra_args)
         bottom, b_state = b.update(updates, state.b, params, **extra_args)
         return jax.tree.map(divide_arrays, top, bottom), QuotientState(a_state, b_state)
@@ -85,7 +86,7 @@ class Quotient:
         return self.a.inner_products | self.b.inner_products
 
     def get_momentum(self, state: Any) -> Any:
-        return self.a.get_momentum(state.a)
+        return self.a.get_momentum(require_state(state, QuotientState).a)
 
     def init(self, params: Any) -> QuotientState:
         return QuotientState(self.a.init(params), self.b.init(params))

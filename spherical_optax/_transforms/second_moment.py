@@ -14,6 +14,7 @@ from spherical_optax._core.arguments import (
     is_constant_zero,
     require_decay,
     require_number,
+    require_state,
 )
 from spherical_optax._core.compiler_hints import OTHER_ZERO
 from spherical_optax._core.groups import Groups
@@ -166,6 +167,7 @@ class Rms:
     def update(
         self, updates: Any, state: RmsState, params: Any, products: InnerProducts, groups: Groups
     ) -> tuple[Any, RmsState]:
+        require_state(state, RmsState)
         l2 = get_weight_decay(self.weight_decay, state.count)
         count = optax.safe_increment(state.count)
         before = groups.read_state("nu", state.nu, full=True)

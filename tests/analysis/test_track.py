@@ -782,3 +782,8 @@ def test_eager_vmap_over_learning_rates(every):
 
     together = jax.vmap(run)(rates)
     np.testing.assert_allclose(together, jnp.stack([run(rate) for rate in rates]), 1e-5)
+
+
+def test_reduce_has_to_be_traceable():
+    with pytest.raises(ValueError, match=r"which JAX cannot trace; take jnp.median, not np.median"):
+        so.track(optax.sgd(0.1), so.Sphere(), reduce=np.median)

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+import spherical_optax as so
+
 from ..compiling import usual_jit
 from ..optimizers import SHAPES, SPHERES, TABLE, random_tree, types
 
@@ -142,3 +144,21 @@ def test_adam_is_optax_adam(dtype, jit):
             for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(e), maxulp=1)
             params = optax.apply_updates(params, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "rotational"])
+def test_a_rate_of_float32_and_updates_of_bfloat16(name):
+    """As `inject_hyperparams(..., hyperparam_dtype=jnp.float32)` makes it, under strict promotion."""
+    params = random_tree(0, dtype=jnp.bfloat16)
+    tx = TABLE[name](jnp.float32(0.01), SPHERES)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("rate", ["0.1", None, {"kernel": so.Sphere()}, so.Sphere()])
+@pytest.mark.parametrize(
+    "make", [so.adamsrt, so.adam, so.adamp, so.sgd, so.sgd_mrt, so.adamg, so.adamh]
+)
+def test_a_rate_is_a_number_or_a_schedule(make, rate):
+    with pytest.raises(ValueError, match=r"learning_rate is .*, neither a number nor a schedule"):
+        make(rate, so.Sphere())

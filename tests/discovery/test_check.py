@@ -205,3 +205,36 @@ def test_factors_reach_from_a_tenth_to_ten():
     # Root mean square of f - 1 for f = 10^U(-1, 1).
     expected = np.sqrt((10**2 - 10**-2) / (4 * np.log(10)) - 2 * (10 - 0.1) / (2 * np.log(10)) + 1)
     np.testing.assert_allclose(report.checks[0].change, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.gelu, jnp.tanh, jax.nn.relu])
+def test_a_nonlinearity_is_not_an_eps(activation, scale):
+    """In front of LayerNorm: its effect falls with the radius, too, but not with its square."""
+    x = normal(0, 64, 16)
+
+    def fn(p):
+        y = activation(x @ p["kernel"])
+        y = (y - y.mean(1, keepdims=True)) / y.std(1, keepdims=True)
+        return y @ p["head"]
+
+    params = {"kernel": scale * normal(1, 16, 32), "head": normal(2, 32, 8)}
+    spheres = {"kernel": so.Sphere(()), "head": None}
+    report = so.check_spheres(fn, params, spheres, key=KEY)
+    expected = "invariant" if activation is jax.nn.relu else "NOT INVARIANT"
+    assert report.checks[0].verdict == expected, str(report)
+
+
+@pytest.mark.parametrize("share", [3e-3, 1e-2, 3e-2])
+def test_a_small_shortcut_is_not_an_eps(share):
+    x = normal(0, 64, 8)
+
+    def fn(p):
+        y = x @ p["kernel"] + share * x
+        y = (y - y.mean(0, keepdims=True)) / jnp.sqrt(y.var(0, keepdims=True) + 1e-5)
+        return jax.nn.relu(y) @ p["head"]
+
+    params = {"kernel": 0.3 * normal(1, 8, 8), "head": normal(2, 8, 5)}
+    spheres = {"kernel": FILTER, "head": None}
+    report = so.check_spheres(fn, params, spheres, key=KEY)
+    assert report.checks[0].verdict.startswith("NOT INVARIANT"), str(report)

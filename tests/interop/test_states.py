@@ -112,3 +112,74 @@ def test_leaf_by_leaf_through_a_dict(make):
     leaves = jax.tree.leaves(flax.serialization.msgpack_restore(data))
     back = jax.tree.unflatten(jax.tree.structure(state), leaves)
     jax.tree.map(np.testing.assert_array_equal, state, back)
+
+
+SAME = {"kernel": so.Sphere(), "bias": None}
+OLD = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ({"bias": jnp.ones(5)}, r"shape \(4,\) for the parameter 'bias' of shape \(5,\)"),
+        (
+            {"kernel": jnp.ones((9, 4))},
+            r"shape \(8, 4\) for the parameter 'kernel' of shape \(9, 4\)",
+        ),
+        ({"scale": jnp.ones(4)}, r"no entry for the parameter 'scale' of shape \(4,\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [so.adam, so.adams, so.adamst, so.adamsrt, so.adamp, so.adamg, so.sgd_mrt, so.adamh]
+)
+def test_a_state_of_other_parameters(make, new, message):
+    params, spheres = OLD | new, SAME | dict.fromkeys(new.keys() - SAME.keys())
+    state = make(0.1, SAME).init(OLD)
+    with pytest.raises(
+        ValueError, match=rf"of the state has {message}.*was made with other spheres"
+    ):
+        make(0.1, spheres).update(params, state, params)
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "message"),
+    [
+        (so.adamsrt, so.adamst, "made by another optimizer"),
+        (so.adamst, so.adamsrt, "kept of the state has no entry for the parameter 'bias'"),
+        (
+            so.adamsrt,
+            lambda lr, _: optax.adam(lr),
+            "ScaleByAdamState, not a QuotientState: it was made",
+        ),
+    ],
+)
+def test_a_state_of_another_optimizer(make, other, message):
+    state = other(0.1, SAME).init(OLD)
+    with pytest.raises(ValueError, match=message):
+        make(0.1, SAME).update(OLD, state, OLD)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        so.ema(0.9, SAME, transport=True),
+        so.trace(0.9),
+        so.rms(0.9, spheres=SAME),
+        so.quotient(so.ema(0.9), so.rms(0.9)),
+        so.retract(SAME, "initial"),
+        so.normalize(SAME, decay=0.9),
+        so.decouple(optax.sgd(0.1), optax.sgd(0.1), (SAME,)),
+    ],
+    ids=["ema", "trace", "rms", "quotient", "retract", "normalize", "decouple"],
+)
+def test_a_state_as_a_dictionary(tx):
+    """As a file of msgpack gives it back; flax.serialization.from_state_dict makes a state of it."""
+    state = tx.init(OLD)
+    plain = flax.serialization.msgpack_restore(flax.serialization.to_bytes(state))
+    if not isinstance(state, tuple) or hasattr(state, "_fields"):
+        with pytest.raises(ValueError, match=r"the state is a dict, not a .*from_state_dict"):
+            tx.update(OLD, plain, OLD)
+    restored = flax.serialization.from_state_dict(tx.init(OLD), plain)
+    expected, found = (tx.update(OLD, s, OLD)[0] for s in (state, restored))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -125,11 +125,14 @@ def fit_denominators(
     columns = ([x for _, x in list_leaves(updates)], *get_leaf_moments(after, tiny))
 
     # All leaves of one Adam have the same b1 and eps: one fit for each state keeps the program small.
-    # It is that of a leaf on the spheres, where the chain may do more than elsewhere.
+    # It is that of a leaf on the spheres, where the chain may do more than elsewhere; unless the tiny
+    # leaf has another second moment than the real one, because its groups are too small.
     fits: dict[int, FittedDenominator] = {}
-    leaves = zip(recognised, groups.leaves, list_leaves(tiny), *columns, strict=True)
-    for found, leaf, (_, x), q, m, v in leaves:
-        if found is None or leaf is None or found.node in fits or not found.has_momentum:
+    leaves = list(zip(recognised, groups.leaves, list_leaves(tiny), *columns, strict=True))
+    for found, leaf, (_, x), q, m, v in sorted(leaves, key=lambda row: row[1] is None):
+        if found is None or found.node in fits or not found.has_momentum:
+            continue
+        if leaf is not None and found.elementwise != (v is not None and v.shape == x.shape):
             continue
         for axis in _choose_axis(leaf, x):
             q, m, v = (_take_first_group(axis, y) for y in (q, m, v))

@@ -123,6 +123,8 @@ def track(
         raise ValueError(f"track: every is {every!r}, not a positive integer")
     if reduce is not None and not callable(reduce):
         raise ValueError(f"track: reduce is {reduce!r}, not a function such as jnp.median")
+    if reduce is not None:
+        _require_traceable(reduce)
     given = Given(
         _require_number("b1", b1, "from 0 to below 1", lambda x: 0 <= x < 1),
         _require_number("eps", eps, "of at least 0", lambda x: 0 <= x < math.inf),
@@ -131,6 +133,15 @@ def track(
         tx = tx.gradient_transformation()
     tracker = _Tracker(optax.with_extra_args_support(tx), spheres, int(every), reduce, given)
     return optax.GradientTransformationExtraArgs(tracker.init, tracker.update)
+
+
+def _require_traceable(reduce: Callable[[jax.Array], jax.Array]) -> None:
+    try:
+        jax.eval_shape(lambda x: reduce(x), jax.ShapeDtypeStruct((2,), jnp.float32))
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            f"track: reduce is {reduce!r}, which JAX cannot trace; take jnp.median, not np.median"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
