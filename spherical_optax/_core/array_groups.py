@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from spherical_optax._core.compiler_hints import sum_axes
 from spherical_optax._core.shapes import Shape
 
 
@@ -61,7 +62,10 @@ class ArrayGroups:
 
     def sum(self, x: jax.Array) -> jax.Array:
         """The sum of x over each group, with the axes of x (the keepdims shape)."""
-        x = jnp.sum(x, axis=self.summed, keepdims=True)
+        if _has_explicit_mesh(x):  # where a sharded axis cannot be cut
+            x = jnp.sum(x, axis=self.summed, keepdims=True)
+        else:
+            x = sum_axes(x, self.summed)
         if not self.axes or x.shape[self.axes[-1]] == self.counts[-1]:
             return x
         axis, blocks = self.axes[-1], self.counts[-1]
