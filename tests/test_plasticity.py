@@ -177,6 +177,9 @@ def test_the_interval_is_that_of_the_t_distribution():
     np.testing.assert_allclose(
         (found.mean - found.halfwidth, found.mean + found.halfwidth), (low, high)
     )
+    of_three = stats.t.interval(1 - 0.05 / 3, 9, values.mean(), stats.sem(values))
+    halfwidth = statistics.estimate_mean(values, 3).halfwidth
+    np.testing.assert_allclose(2 * halfwidth, of_three[1] - of_three[0])
     alone = statistics.estimate_mean(values[:1])
     assert np.isnan(alone.halfwidth)
     assert not alone.excludes_zero()
@@ -197,14 +200,16 @@ def test_differences_are_taken_seed_by_seed():
     expected = stats.ttest_rel(values["b"], values["a"]).confidence_interval(0.95)
     mean, halfwidth = pairs[0].estimate
     np.testing.assert_allclose((mean - halfwidth, mean + halfwidth), expected)
-    assert all(pair.estimate.excludes_zero() for pair in pairs)
+    assert all(pair.is_told_apart() for pair in pairs)
+    assert all(pair.among_all.halfwidth > pair.estimate.halfwidth for pair in pairs)
     # Without the pairs, the scatter of the seeds would hide the differences.
     assert stats.ttest_ind(values["b"], values["a"]).pvalue > 0.5
 
 
 def test_pairs_that_are_not_told_apart_are_named():
     def make(mean, halfwidth):
-        return statistics.Difference("adamh", "adam", statistics.Estimate(mean, halfwidth))
+        estimate = statistics.Estimate(mean, halfwidth)
+        return statistics.Difference("adamh", "adam", estimate, estimate)
 
     text = findings.write_pairs([make(0.2, 0.1), make(0.1, 0.2)])
     assert "1 of the 2 pairs" in text

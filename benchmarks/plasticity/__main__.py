@@ -10,7 +10,6 @@ methods, tasks and seeds, at the rates and decays that benchmarks/results/plasti
 
 import json
 import sys
-import textwrap
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,16 +41,15 @@ from benchmarks.reporting import report, tables
 from benchmarks.reporting.progress import show_progress
 
 CHOSEN = Path(__file__).parents[1] / "results" / "plasticity.json"
-FULL: dict[str, Any] = {"tasks": 60, "seeds": 10, "methods": list(METHODS)}
-SMALL: dict[str, Any] = {"tasks": 20, "seeds": 3, "methods": ["adam", "adamw", "nap-head"]}
-WIDTH = 100  # of the printed lines
+FULL: dict[str, Any] = {"tasks": 60, "steps": 150, "seeds": 10, "methods": list(METHODS)}
+SMALL: dict[str, Any] = {**FULL, "tasks": 20, "seeds": 3, "methods": ["adam", "adamw", "nap-head"]}
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="benchmarks.plasticity", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--tasks", type=at_least(int, 1), help=f"default: {FULL['tasks']}")
-    add("--steps", type=at_least(int, 1), default=150, help="of every task; default: 150")
+    add("--steps", type=at_least(int, 1), help=f"of every task; default: {FULL['steps']}")
     add("--seeds", type=at_least(int, 1), help=f"default: {FULL['seeds']}")
     add("--methods", nargs="+", choices=METHODS, help="default: all")
     add("--out", type=Path, help="folder for plasticity.json and plasticity.png")
@@ -96,11 +94,18 @@ def run(args: Namespace, chosen: dict[str, Cell]) -> dict[str, Outcome]:
     return outcomes
 
 
+def write_command(args: Namespace) -> str:
+    """The command with the options that are not those of the full form."""
+    words = ["python -m benchmarks.plasticity", *(["--small"] if args.small else [])]
+    for name, default in FULL.items():
+        if (value := getattr(args, name)) != default:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return " ".join([*words, "--out FOLDER"])
+
+
 def to_json(args: Namespace, outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    small = " --small" if args.small else ""
     return {
-        "command": f"python -m benchmarks.plasticity{small} --tasks {args.tasks} "
-        f"--steps {args.steps} --seeds {args.seeds} --methods {' '.join(args.methods)} --out FOLDER",
+        "command": write_command(args),
         "environment": report.describe_environment(),
         "tasks": args.tasks,
         "steps_per_task": args.steps,
@@ -123,12 +128,17 @@ def write_title(content: dict[str, Any]) -> str:
 
 def print_findings(console: Console, content: dict[str, Any]) -> None:
     methods, title = content["methods"], write_title(content)
-    title = f"{title}: training accuracy with 95 % intervals; last tasks: {content['last_tasks']}"
+    title = (
+        f"{title}\nTraining accuracy, %, with 95 % intervals; last tasks: {content['last_tasks']}"
+    )
     console.print(tables.to_rich(ACCURACY_HEADER, format_accuracies(methods), title))
-    title = "Second hidden layer, means over the steps of the first and of the last task"
+    title = (
+        "Second hidden layer: radius, angle per step and effective rate, means over the steps\n"
+        "of the first and of the last task; the head after these tasks"
+    )
     console.print(tables.to_rich(TURNS_HEADER, format_turns(methods), title))
     for sentence in content["verdict"]:
-        console.print(textwrap.fill(sentence, WIDTH), highlight=False, markup=False)
+        console.print(sentence, highlight=False, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

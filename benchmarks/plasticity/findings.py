@@ -13,7 +13,6 @@ from benchmarks.plasticity.statistics import (
     average_last_tasks,
     compare_all,
     estimate_mean,
-    subtract,
 )
 from benchmarks.plasticity.training import Curves
 
@@ -43,7 +42,8 @@ def describe(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
                 "ahead": pair.ahead,
                 "behind": pair.behind,
                 **pair.estimate._asdict(),
-                "told_apart": pair.estimate.excludes_zero(),
+                "halfwidth_for_all_pairs_at_once": pair.among_all.halfwidth,
+                "told_apart": pair.is_told_apart(),
             }
             for pair in pairs
         ],
@@ -53,7 +53,7 @@ def describe(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 
 def describe_one(name: str, outcome: Outcome, last: Mapping[str, np.ndarray]) -> dict[str, Any]:
     first = outcome.curves.accuracy[:, 0]
-    has_reference = REFERENCE in last and name != REFERENCE
+    reference = last.get(REFERENCE) if name != REFERENCE else None
     return {
         "label": METHODS[name].label,
         **outcome.cell._asdict(),
@@ -61,9 +61,9 @@ def describe_one(name: str, outcome: Outcome, last: Mapping[str, np.ndarray]) ->
         "last_accuracy": estimate_mean(last[name])._asdict(),
         "last_accuracy_of_seeds": round_all(last[name]),
         "last_minus_first": estimate_mean(last[name] - first)._asdict(),
-        "minus_reference": subtract(last, name, REFERENCE).estimate._asdict()
-        if has_reference
-        else None,
+        "minus_reference": None
+        if reference is None
+        else estimate_mean(last[name] - reference)._asdict(),
         "curves": {
             quantity: {"mean": round_all(values.mean(0)), "std": round_all(compute_std(values))}
             for quantity, values in outcome.curves._asdict().items()
@@ -87,10 +87,10 @@ def round_all(values: np.ndarray) -> list[float]:
 def write_pairs(pairs: Sequence[Difference]) -> str:
     if not pairs:
         return "One method alone: nothing to compare."
-    level = [pair for pair in pairs if not pair.estimate.excludes_zero()]
+    level = [pair for pair in pairs if not pair.is_told_apart()]
     text = (
-        f"Last tasks: {len(pairs) - len(level)} of the {len(pairs)} pairs of methods are told apart "
-        "by their 95 % intervals, which are not corrected for their number."
+        f"Last tasks: {len(pairs) - len(level)} of the {len(pairs)} pairs of methods are told apart by "
+        "intervals of their differences that hold for all pairs at once with 95 %."
     )
     names = "; ".join(f"{get_label(p.ahead)} and {get_label(p.behind)}" for p in level)
     return f"{text} Not told apart: {names}." if level else text

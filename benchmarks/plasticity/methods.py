@@ -40,7 +40,11 @@ class Method(NamedTuple):
 
 
 def keep_initial_radius(rate: Any, spheres: Any) -> optax.GradientTransformation:
-    """Adam, and every sphere set back to the radius that it had at first: "normalize and project"."""
+    """Adam, and every sphere set back to the radius that it had at first.
+
+    Source: "normalize and project", Lyle et al., "Normalization and effective learning rates in
+    reinforcement learning" (2024).
+    """
     return optax.chain(optax.adam(rate), so.retract(spheres, "initial"))
 
 
@@ -63,12 +67,12 @@ METHODS = {
     ),
     "nap": Method("Adam + retract", lambda rate, _, spheres: keep_initial_radius(rate, spheres)),
     "nap-head": Method(
-        "Adam + retract, head too",
+        "Adam + retract (all)",
         lambda rate, _, spheres: keep_initial_radius(rate, add_head(spheres)),
     ),
     "decoupled": Method("decoupled", lambda rate, _, spheres: decouple_magnitude(rate, spheres)),
     "decoupled-head": Method(
-        "decoupled, head too",
+        "decoupled (all)",
         lambda rate, _, spheres: decouple_magnitude(rate, add_head(spheres)),
     ),
     "adamh": Method("AdamH", lambda rate, _, spheres: so.adamh(rate, spheres)),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.plasticity.table import Methods
 from benchmarks.reporting.figures import (
@@ -21,13 +22,14 @@ from benchmarks.reporting.figures import (
 
 STYLES: Mapping[str, tuple[str, Any]] = {
     "adam": (BLACK, "-"),
-    "adamw-default": (SKY_BLUE, (0, (3, 1.5))),
+    "adamw-default": (SKY_BLUE, "--"),
     "adamw": (BLUE, "-"),
+    # The next two and AdamH keep one radius: dashes leave the lines below them visible.
     "nap": (ORANGE, "-"),
-    "nap-head": (VERMILION, "-"),
+    "nap-head": (VERMILION, (0, (8, 4))),
     "decoupled": (ORANGE, (0, (1, 1))),
     "decoupled-head": (VERMILION, (0, (1, 1))),
-    "adamh": (GREEN, "-"),
+    "adamh": (GREEN, (0, (3, 6))),
     "adamsrt": (PURPLE, "-"),
     "sgd": ("0.6", "-."),
 }
@@ -45,6 +47,10 @@ def draw(methods: Methods, title: str, path: Path) -> None:
         label, scale, unit = PANELS[quantity]
         axes.set(xlabel="task", ylabel=label, yscale=scale)
         draw_curves(axes, methods, quantity, unit)
+        if scale == "log":
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     options = {"ncols": 5, "frameon": False, "handlelength": 3}
@@ -61,4 +67,4 @@ def draw_curves(axes: Axes, methods: Methods, quantity: str, unit: float) -> Non
         )
         tasks = np.arange(1, len(mean) + 1)
         axes.plot(tasks, mean, ls=dashes, color=color, lw=1.6, label=row["label"])
-        axes.fill_between(tasks, mean - std, mean + std, color=color, alpha=0.12, lw=0)
+        axes.fill_between(tasks, mean - std, mean + std, color=color, alpha=0.07, lw=0)

@@ -28,17 +28,23 @@ class Difference(NamedTuple):
     ahead: str
     behind: str
     estimate: Estimate
+    among_all: Estimate  # with an interval that holds for all pairs at once
+
+    def is_told_apart(self) -> bool:
+        return self.among_all.excludes_zero()
 
 
-def estimate_mean(values: np.ndarray) -> Estimate:
-    """The mean over the seeds, one value per seed."""
-    count = len(values)
+def estimate_mean(values: np.ndarray, intervals: int = 1) -> Estimate:
+    """The mean over the seeds, one value per seed.
+
+    Of several `intervals` each is so wide (Bonferroni) that all hold at once with the confidence of one.
+    """
+    mean, count = float(np.mean(values)), len(values)
     if count < 2:
-        return Estimate(float(np.mean(values)), math.nan)
+        return Estimate(mean, math.nan)
     error = np.std(values, ddof=1) / math.sqrt(count)
-    return Estimate(
-        float(np.mean(values)), float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * error)
-    )
+    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * intervals), count - 1)
+    return Estimate(mean, float(quantile * error))
 
 
 def average_last_tasks(accuracy: np.ndarray) -> np.ndarray:
@@ -46,12 +52,15 @@ def average_last_tasks(accuracy: np.ndarray) -> np.ndarray:
     return accuracy[..., -LAST_TASKS:].mean(-1)
 
 
-def subtract(values: Mapping[str, np.ndarray], ahead: str, behind: str) -> Difference:
-    """Seed by seed: both methods have started from the same weights and seen the same tasks."""
-    return Difference(ahead, behind, estimate_mean(values[ahead] - values[behind]))
-
-
 def compare_all(values: Mapping[str, np.ndarray]) -> list[Difference]:
-    """Every pair of methods, the one with the larger mean first, from the best method downwards."""
+    """Every pair of methods, the one with the larger mean first, from the best method downwards.
+
+    Seed by seed: both methods have started from the same weights and seen the same tasks.
+    """
     ranked = sorted(values, key=lambda name: -values[name].mean())
-    return [subtract(values, *pair) for pair in itertools.combinations(ranked, 2)]
+    pairs = list(itertools.combinations(ranked, 2))
+    return [
+        Difference(ahead, behind, estimate_mean(gap), estimate_mean(gap, len(pairs)))
+        for ahead, behind in pairs
+        for gap in [values[ahead] - values[behind]]
+    ]

@@ -9,11 +9,11 @@ ACCURACY_HEADER = (
     "method",
     "rate",
     "decay",
-    "first task, %",
-    "last tasks, %",
-    "minus Adam, points",
+    "first task",
+    "last tasks",
+    "minus Adam",
 )
-TURNS_HEADER = ("method", "radius", "angle per step, mrad", "effective rate", "radius of the head")
+TURNS_HEADER = ("method", "radius", "angle, mrad", "rate, 1e-3", "head's radius")
 Methods = Mapping[str, Mapping[str, Any]]  # as in the result file
 
 
@@ -38,7 +38,7 @@ def format_turns(methods: Methods) -> list[tuple[str, ...]]:
             row["label"],
             format_ends(row["curves"]["radius"], "#.3g"),
             format_ends(row["curves"]["angle"], "#.2g", 1e3),
-            format_ends(row["curves"]["effective_lr"], ".1e"),
+            format_ends(row["curves"]["effective_lr"], "#.2g", 1e3),
             format_ends(row["curves"]["head_radius"], "#.3g"),
         )
         for row in methods.values()
