@@ -133,8 +133,8 @@ def print_findings(console: Console, content: dict[str, Any]) -> None:
     )
     console.print(tables.to_rich(ACCURACY_HEADER, format_accuracies(methods), title))
     title = (
-        "Second hidden layer: radius, angle per step and effective rate, means over the steps\n"
-        "of the first and of the last task; the head after these tasks"
+        "Second hidden layer: radius, angle per step and effective rate,\n"
+        "means over the steps of the first and of the last task; then the head"
     )
     console.print(tables.to_rich(TURNS_HEADER, format_turns(methods), title))
     for sentence in content["verdict"]:
