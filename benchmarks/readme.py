@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import kernels, precision, speed, throughput
 from benchmarks.gpu import predictions
+from benchmarks.plasticity import table as plasticity
 from benchmarks.reporting import figures
 from benchmarks.reporting.significance import write_verdict
 from benchmarks.reporting.studies import (
@@ -91,6 +92,31 @@ def write_own_column() -> Iterator[str]:
 
 def embed_figure(study: Study) -> str:
     return f"![Training loss of the methods]({study.figure.relative_to(HERE).as_posix()})"
+
+
+def write_plasticity(folder: Path = RESULTS) -> Iterator[str]:
+    content = read_json(folder / "plasticity.json")
+    methods = content["methods"]
+    yield (
+        f"`{content['command']}`; device: {content['environment']['device']}. "
+        f"{content['tasks']} tasks of {content['steps_per_task']} steps, seeds: "
+        f"{len(content['seeds'])}. Accuracy in per cent with 95 % intervals over the seeds; last tasks: "
+        f"the mean of the last {content['last_tasks']}; minus Adam: of these, seed by seed, in points."
+    )
+    yield to_markdown(plasticity.ACCURACY_HEADER, plasticity.format_accuracies(methods))
+    yield " ".join(content["verdict"])
+    yield (
+        "The second hidden layer: radius, angle per step and effective rate, means over the steps of "
+        "the first task and of the last one; and the radius of the head after these tasks:"
+    )
+    yield to_markdown(plasticity.TURNS_HEADER, plasticity.format_turns(methods))
+    yield "![Accuracy, radius and angle per step over the tasks](results/plasticity.png)"
+    yield (
+        f"The grid: every rate with the accuracy of the last tasks in per cent, seeds "
+        f"{', '.join(map(str, content['grid_seeds']))}."
+    )
+    rows = plasticity.format_grid(methods)
+    yield to_markdown(("method", "decay", *(" " for _ in rows[0][2:])), rows)
 
 
 def write_throughput(folder: Path = RESULTS) -> Iterator[str]:
@@ -228,6 +254,7 @@ PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
     HERE / "README.md": {
         "table2": write_table2,
         "later": write_since_the_paper,
+        "plasticity": write_plasticity,
         "throughput": write_throughput,
         "speed": write_speed,
         "kernels": write_kernels,

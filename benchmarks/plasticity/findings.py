@@ -1,0 +1,129 @@
+"""What a run of the command has found, as it is written to JSON, and in sentences."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.plasticity.grid import Search
+from benchmarks.plasticity.methods import METHODS, REFERENCE, Cell
+from benchmarks.plasticity.statistics import (
+    Difference,
+    average_last_tasks,
+    compare_all,
+    estimate_mean,
+)
+from benchmarks.plasticity.training import Curves
+
+DIGITS = 6  # significant ones in the file
+
+
+class Outcome(NamedTuple):
+    """A method at its chosen rate and decay."""
+
+    cell: Cell
+    curves: Curves  # (seeds, tasks)
+    search: Search | None  # None where the rate was chosen in an earlier run
+
+    @property
+    def last_accuracy(self) -> np.ndarray:
+        """One number per seed."""
+        return average_last_tasks(self.curves.accuracy)
+
+
+def describe(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    last = {name: outcome.last_accuracy for name, outcome in outcomes.items()}
+    pairs = compare_all(last)
+    return {
+        "methods": {name: describe_one(name, outcomes[name], last) for name in outcomes},
+        "pairs": [
+            {
+                "ahead": pair.ahead,
+                "behind": pair.behind,
+                **pair.estimate._asdict(),
+                "halfwidth_for_all_pairs_at_once": pair.among_all.halfwidth,
+                "told_apart": pair.is_told_apart(),
+            }
+            for pair in pairs
+        ],
+        "verdict": [write_pairs(pairs), write_losses(outcomes), write_edges(outcomes)],
+    }
+
+
+def describe_one(name: str, outcome: Outcome, last: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    first = outcome.curves.accuracy[:, 0]
+    reference = last.get(REFERENCE) if name != REFERENCE else None
+    return {
+        "label": METHODS[name].label,
+        **outcome.cell._asdict(),
+        "first_accuracy": estimate_mean(first)._asdict(),
+        "last_accuracy": estimate_mean(last[name])._asdict(),
+        "last_accuracy_of_seeds": round_all(last[name]),
+        "last_minus_first": estimate_mean(last[name] - first)._asdict(),
+        "minus_reference": None
+        if reference is None
+        else estimate_mean(last[name] - reference)._asdict(),
+        "curves": {
+            quantity: {"mean": round_all(values.mean(0)), "std": round_all(compute_std(values))}
+            for quantity, values in outcome.curves._asdict().items()
+        },
+        "grid": outcome.search.to_json() if outcome.search else None,
+    }
+
+
+def compute_std(values: np.ndarray) -> np.ndarray:
+    """Over the seeds, of the sample; NaN with a single seed."""
+    return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)
+
+
+def round_all(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in values]
+
+
+# --- sentences --------------------------------------------------------------------------------
+
+
+def write_pairs(pairs: Sequence[Difference]) -> str:
+    if not pairs:
+        return "One method alone: nothing to compare."
+    level = [pair for pair in pairs if not pair.is_told_apart()]
+    text = (
+        f"Last tasks: {len(pairs) - len(level)} of the {len(pairs)} pairs of methods are told apart by "
+        "intervals of their differences that hold for all pairs at once with 95 %."
+    )
+    names = "; ".join(f"{get_label(p.ahead)} and {get_label(p.behind)}" for p in level)
+    return f"{text} Not told apart: {names}." if level else text
+
+
+def write_losses(outcomes: Mapping[str, Outcome]) -> str:
+    """Which methods reach less on the last tasks than on the first one."""
+    changes = {
+        name: estimate_mean(outcome.last_accuracy - outcome.curves.accuracy[:, 0])
+        for name, outcome in outcomes.items()
+    }
+    told = [name for name, change in changes.items() if change.excludes_zero()]
+    less = [name for name in told if changes[name].mean < 0]
+    more = [name for name in told if changes[name].mean > 0]
+    groups = {
+        "Less accurate on the last tasks than on the first": less,
+        "More accurate": more,
+        "No change that the intervals tell": [name for name in changes if name not in told],
+    }
+    return " ".join(f"{words}: {list_labels(names)}." for words, names in groups.items() if names)
+
+
+def write_edges(outcomes: Mapping[str, Outcome]) -> str:
+    names = [name for name, outcome in outcomes.items() if METHODS[name].is_at_edge(outcome.cell)]
+    if not names:
+        return "No rate or decay was chosen at the edge of its grid."
+    words = "Chosen at the edge of the grid, so that a better value may lie outside"
+    return f"{words}: {list_labels(names)}."
+
+
+def list_labels(names: Sequence[str]) -> str:
+    return "; ".join(map(get_label, names))
+
+
+def get_label(name: str) -> str:
+    return METHODS[name].label
