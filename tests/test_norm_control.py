@@ -331,6 +331,16 @@ def test_decouple_compares_its_state():
         one.update(params, one.init(params))
 
 
+def test_parameters_and_state_may_be_donated():
+    """U is a copy of W, and no second name of its buffer."""
+    tx = so.decouple(optax.sgd(0.1), optax.sgd(0.1), (so.Sphere(),))
+    params = {"w": jnp.ones((4, 3))}
+    state = tx.init(params)
+    step = jax.jit(lambda x, s: tx.update(x, s, x), donate_argnums=(0, 1))
+    updates, _ = step(params, state)
+    assert bool(jnp.isfinite(updates["w"]).all())
+
+
 def test_parameters_that_were_changed_from_outside_count():
     """A later transformation, a checkpoint or a user: U follows, and the gains stay."""
     params, grads = (

@@ -107,13 +107,8 @@ def decouple(
         all_groups = [match(spheres, x) for spheres in gains]
         u, z = start(x) if start else (x, _make_unit_gains(phi, all_groups, x))
         z = _check_start(all_groups, x, u, z)
-        u = _map(
-            all_groups,
-            lambda u, w: jnp.asarray(u, w.dtype),
-            u,
-            x,
-            off=lambda _, w: w,
-        )
+        # A copy, because parameters and state may be donated, and no buffer may be donated twice.
+        u = _map(all_groups, lambda u, w: jnp.array(u, w.dtype), u, x, off=lambda _, w: w)
         z = tuple(
             groups.make_state(values, params, off=lambda _: None)
             for groups, values in zip(all_groups, z, strict=True)
