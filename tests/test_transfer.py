@@ -189,7 +189,7 @@ def test_at_an_edge_and_beside_a_run_that_diverged_the_best_rate_is_the_best_of_
 
 def test_slopes_are_fitted_seed_by_seed():
     widths, rng = [32, 64, 128, 256], np.random.default_rng(0)
-    best = rng.normal(size=3) - 0.5 * np.log2(widths)[:, None] + 0.05 * rng.normal(size=(4, 3))
+    best = 3 * rng.normal(size=3) - 0.5 * np.log2(widths)[:, None] + 0.05 * rng.normal(size=(4, 3))
     slopes = [stats.linregress(np.log2(widths), column).slope for column in best.T]
     found = statistics.fit_slope(widths, best)
     np.testing.assert_allclose(found, statistics.estimate_mean(np.array(slopes)))
@@ -207,16 +207,13 @@ def test_losses_are_compared_as_ratios():
 
 
 def make_outcome(slope, scatter):
-    """An outcome of AdamH whose best rates are on a line over the log2 of the width."""
+    """An outcome of AdamH whose best rates are on a line over log2 of the width."""
     exponents = np.array(methods.METHODS["adamh"].exponents)[:, None]
-    levels = scatter * np.array([-1.0, 0.0, 1.0])
-    ends = {
-        width: training.Ends(
-            np.exp((exponents - center - slope * i - i * levels) ** 2), np.ones((len(exponents), 3))
-        )
-        for center in [exponents.mean()]
-        for i, width in zip((-1, 0, 1), (32, 64, 128), strict=True)
-    }
+    slopes = slope + scatter * np.array([-1.0, 0.0, 1.0])  # of the seeds
+    ends = {}
+    for i, width in zip((-1, 0, 1), (32, 64, 128), strict=True):
+        losses = np.exp((exponents - exponents[4] - slopes * i) ** 2)
+        ends[width] = training.Ends(losses, np.ones_like(losses))
     return findings.Outcome("adamh", ends)
 
 
@@ -291,8 +288,9 @@ def test_every_cell_is_in_the_file(finished):
 def test_the_tables_can_be_made_from_the_file(finished):
     printed, out = finished
     rows = json.loads((out / "transfer.json").read_text("utf-8"))["methods"]
-    for line in (*table.format_rates(rows), *table.format_losses(rows)):
-        assert all(cell in printed for cell in line), line
+    for make in (table.format_rates, table.format_penalties, table.format_losses):
+        for line in make(rows):
+            assert all(cell in printed for cell in line), line
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -30,7 +30,9 @@ from benchmarks.transfer.network import (
 from benchmarks.transfer.picture import draw
 from benchmarks.transfer.statistics import find_best_cell
 from benchmarks.transfer.table import (
+    PENALTY_HEADER,
     format_losses,
+    format_penalties,
     format_rates,
     make_losses_header,
     make_rates_header,
@@ -110,6 +112,8 @@ def print_findings(console: Console, content: dict[str, Any]) -> None:
     methods, title = content["methods"], write_title(content)
     title = f"{title}\nlog2 of the best rate, with 95 % intervals"
     console.print(tables.to_rich(make_rates_header(methods), format_rates(methods), title))
+    title = "Loss of the widest network at the narrow one's best rate, to that at its own"
+    console.print(tables.to_rich(PENALTY_HEADER, format_penalties(methods), title))
     title = "Training loss, and validation accuracy in %, at the best rate"
     console.print(tables.to_rich(make_losses_header(methods), format_losses(methods), title))
     for sentence in content["verdict"]:

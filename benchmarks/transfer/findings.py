@@ -46,9 +46,7 @@ class Outcome(NamedTuple):
     @property
     def penalty(self) -> Estimate:
         """log of the factor in loss that the narrowest network's best rate costs in the widest."""
-        narrowest, *_, widest = (
-            self.ends[width].loss for width in (*self.widths[:1], *self.widths)
-        )
+        narrowest, widest = (self.ends[self.widths[place]].loss for place in (0, -1))
         return compare_losses(widest, find_best_cell(narrowest))
 
 
@@ -142,6 +140,7 @@ def write_estimate(estimate: Estimate) -> str:
 
 def write_factor(factor: Mapping[str, float]) -> str:
     text = f"{factor['mean']:.2f}"
-    if math.isnan(factor["low"]):
+    # A single seed has no interval, and neither has a rate that is the best one at both widths.
+    if math.isnan(factor["low"]) or factor["low"] == factor["high"]:
         return text
     return f"{text} ({factor['low']:.2f} to {factor['high']:.2f})"

@@ -14,6 +14,8 @@ from benchmarks.reporting.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE
 from benchmarks.transfer.table import Methods
 
 LIGHTEST, DARKEST = 0.85, 0.05  # of viridis, for the narrowest and the widest network
+COLUMNS, PANEL = 3, (4.4, 3.8)  # width and height in inches
+ASIDE = 1.02  # factor in width between the points of two methods
 STYLES: Mapping[str, tuple[str, str, str]] = {
     "adam": (BLACK, "-", "o"),
     "adamsrt": (PURPLE, "-", "s"),
@@ -25,16 +27,18 @@ STYLES: Mapping[str, tuple[str, str, str]] = {
 
 def draw(methods: Methods, title: str, path: Path) -> None:
     """A panel for each method, loss over rate, and one with the best rates over the width."""
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3).ravel()
-    losses = [axes for axes, _ in zip(panels, methods, strict=False)]
-    for axes, row in zip(losses, methods.values(), strict=True):
+    columns = min(COLUMNS, len(methods) + 1)
+    rows = -(-(len(methods) + 1) // columns)
+    size = PANEL[0] * columns, PANEL[1] * rows
+    figure = Figure(figsize=size, layout="constrained")
+    panels = [figure.add_subplot(rows, columns, place + 1) for place in range(len(methods) + 1)]
+    first, best = panels[0], panels[-1]
+    for axes, row in zip(panels, methods.values(), strict=False):
+        if axes is not first:
+            axes.sharey(first)
         draw_losses(axes, row)
-        axes.sharey(losses[0])
-    losses[0].legend(title="width", frameon=False)
-    for axes in panels[len(methods) : -1]:
-        axes.remove()
-    draw_best_rates(panels[-1], methods)
+    first.legend(title="width", frameon=False)
+    draw_best_rates(best, methods)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=150)
 
@@ -57,13 +61,13 @@ def draw_best_rates(axes: Axes, methods: Methods) -> None:
     """Means over the seeds with the range of the seeds, each method moved aside by a little."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    widths = np.array([int(width) for width in next(iter(methods.values()))["widths"]])
     for place, (name, row) in enumerate(methods.items()):
         color, dashes, marker = STYLES[name]
         seeds = np.array([x["log2_best_rate_of_seeds"] for x in row["widths"].values()])
-        widths = np.array([int(width) for width in row["widths"]])
         mean, low, high = (2.0**x for x in (seeds.mean(1), seeds.min(1), seeds.max(1)))
         axes.errorbar(
-            widths * 1.02 ** (place - len(methods) // 2),
+            widths * ASIDE ** (place - len(methods) // 2),
             mean,
             (mean - low, high - mean),
             color=color,
@@ -73,7 +77,7 @@ def draw_best_rates(axes: Axes, methods: Methods) -> None:
             lw=1.4,
             label=row["label"],
         )
-    axes.xaxis.set_major_locator(FixedLocator(widths))
+    axes.xaxis.set_major_locator(FixedLocator(widths.tolist()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="width", ylabel="best learning rate", title="Best rates, range of the seeds")

@@ -6,24 +6,35 @@ from typing import Any
 from benchmarks.transfer.findings import write_estimate, write_factor
 from benchmarks.transfer.statistics import Estimate
 
+PENALTY_HEADER = ("method", "narrow rate", "wide rate", "ratio of the losses")
 Methods = Mapping[str, Mapping[str, Any]]  # as in the result file
 
 
 def make_rates_header(methods: Methods) -> tuple[str, ...]:
-    return ("method", *list_widths(methods), "per doubling", "loss, narrow rate")
+    return ("method", *list_widths(methods), "per doubling")
 
 
 def format_rates(methods: Methods) -> list[tuple[str, ...]]:
-    """log2 of the best rate at every width; its slope; what the narrow network's best rate costs."""
+    """log2 of the best rate at every width, and its slope."""
     return [
         (
             row["label"],
             *(format_estimate(width["log2_best_rate"]) for width in row["widths"].values()),
             format_estimate(row["slope"]),
-            "x " + format_factor(row["penalty"]),
         )
         for row in methods.values()
     ]
+
+
+def format_penalties(methods: Methods) -> list[tuple[str, ...]]:
+    """The best rates of the narrowest and of the widest network, and what the first costs there."""
+    rows = []
+    for row in methods.values():
+        rates = [row["rates"][width["best_cell"]] for width in row["widths"].values()]
+        rows.append(
+            (row["label"], f"{rates[0]:.3g}", f"{rates[-1]:.3g}", format_factor(row["penalty"]))
+        )
+    return rows
 
 
 def make_losses_header(methods: Methods) -> tuple[str, ...]:

@@ -30,7 +30,11 @@ class Experiment(NamedTuple):
     def train(
         self, method: Method, width: int, rates: Sequence[float], seeds: Sequence[int]
     ) -> Ends:
-        """Rates and seeds in turn: a batch of matrix products is slower on a CPU than one by one."""
+        """All runs of one width, one after another.
+
+        Eight at once, by `vmap`, take 1.2 times as long for Adam at width 256, and 0.8 times for MuonH
+        at width 128, on two cores.
+        """
         rate, seed = (x.ravel() for x in np.meshgrid(rates, seeds, indexing="ij"))
 
         def train_one(cell: Any) -> Ends:
