@@ -26,6 +26,7 @@ from benchmarks.reporting.studies import (
 )
 from benchmarks.reporting.tables import to_markdown
 from benchmarks.training.methods import OPTIMIZERS
+from benchmarks.transfer import table as transfer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -91,6 +92,23 @@ def write_own_column() -> Iterator[str]:
 
 def embed_figure(study: Study) -> str:
     return f"![Training loss of the methods]({study.figure.relative_to(HERE).as_posix()})"
+
+
+def write_transfer(folder: Path = RESULTS) -> Iterator[str]:
+    content = read_json(folder / "transfer.json")
+    methods = content["methods"]
+    yield (
+        f"`{content['command']}`; device: {content['environment']['device']}. {content['steps']} steps "
+        f"of {content['batch_size']} images, seeds: {len(content['seeds'])}. log2 of the best rate at "
+        "every width and its change per doubling of the width, with 95 % intervals over the seeds:"
+    )
+    yield to_markdown(transfer.make_rates_header(methods), transfer.format_rates(methods))
+    yield " ".join(content["verdict"])
+    yield "The training loss of the widest network at the narrow one's best rate, to that at its own:"
+    yield to_markdown(transfer.PENALTY_HEADER, transfer.format_penalties(methods))
+    yield "Training loss and, in brackets, validation accuracy in per cent at the best rate of the grid:"
+    yield to_markdown(transfer.make_losses_header(methods), transfer.format_losses(methods))
+    yield "![Training loss over the learning rate at every width](results/transfer.png)"
 
 
 def write_throughput(folder: Path = RESULTS) -> Iterator[str]:
@@ -228,6 +246,7 @@ PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
     HERE / "README.md": {
         "table2": write_table2,
         "later": write_since_the_paper,
+        "transfer": write_transfer,
         "throughput": write_throughput,
         "speed": write_speed,
         "kernels": write_kernels,
