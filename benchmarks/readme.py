@@ -27,6 +27,7 @@ from benchmarks.reporting.studies import (
 )
 from benchmarks.reporting.tables import to_markdown
 from benchmarks.training.methods import OPTIMIZERS
+from benchmarks.transfer import table as transfer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -117,6 +118,23 @@ def write_plasticity(folder: Path = RESULTS) -> Iterator[str]:
     )
     rows = plasticity.format_grid(methods)
     yield to_markdown(("method", "decay", *(" " for _ in rows[0][2:])), rows)
+
+
+def write_transfer(folder: Path = RESULTS) -> Iterator[str]:
+    content = read_json(folder / "transfer.json")
+    methods = content["methods"]
+    yield (
+        f"`{content['command']}`; device: {content['environment']['device']}. {content['steps']} steps "
+        f"of {content['batch_size']} images, seeds: {len(content['seeds'])}. log2 of the best rate at "
+        "every width and its change per doubling of the width, with 95 % intervals over the seeds:"
+    )
+    yield to_markdown(transfer.make_rates_header(methods), transfer.format_rates(methods))
+    yield " ".join(content["verdict"])
+    yield "The training loss of the widest network at the narrow one's best rate, to that at its own:"
+    yield to_markdown(transfer.PENALTY_HEADER, transfer.format_penalties(methods))
+    yield "Training loss and, in brackets, validation accuracy in per cent at the best rate of the grid:"
+    yield to_markdown(transfer.make_losses_header(methods), transfer.format_losses(methods))
+    yield "![Training loss over the learning rate at every width](results/transfer.png)"
 
 
 def write_throughput(folder: Path = RESULTS) -> Iterator[str]:
@@ -255,6 +273,7 @@ PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
         "table2": write_table2,
         "later": write_since_the_paper,
         "plasticity": write_plasticity,
+        "transfer": write_transfer,
         "throughput": write_throughput,
         "speed": write_speed,
         "kernels": write_kernels,
