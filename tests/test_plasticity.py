@@ -23,6 +23,7 @@ from benchmarks.plasticity import (
     tasks,
     training,
 )
+from benchmarks.reporting import intervals
 
 STEPS = 5  # of a task: an epoch and the first batch of another
 
@@ -172,15 +173,15 @@ def test_the_curves_are_those_of_a_plain_loop(images, spheres):
 
 def test_the_interval_is_that_of_the_t_distribution():
     values = np.random.default_rng(0).normal(size=10)
-    found = statistics.estimate_mean(values)
+    found = intervals.estimate_mean(values)
     low, high = stats.t.interval(0.95, 9, values.mean(), stats.sem(values))
     np.testing.assert_allclose(
         (found.mean - found.halfwidth, found.mean + found.halfwidth), (low, high)
     )
     of_three = stats.t.interval(1 - 0.05 / 3, 9, values.mean(), stats.sem(values))
-    halfwidth = statistics.estimate_mean(values, 3).halfwidth
+    halfwidth = intervals.estimate_mean(values, 3).halfwidth
     np.testing.assert_allclose(2 * halfwidth, of_three[1] - of_three[0])
-    alone = statistics.estimate_mean(values[:1])
+    alone = intervals.estimate_mean(values[:1])
     assert np.isnan(alone.halfwidth)
     assert not alone.excludes_zero()
 

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 import spherical_optax as so
+from benchmarks.reporting import intervals
 from benchmarks.transfer import __main__ as command
 from benchmarks.transfer import (
     findings,
@@ -153,13 +154,13 @@ def test_what_a_step_of_each_method_does_to_the_radii(split, spheres):
 
 def test_the_interval_is_that_of_the_t_distribution():
     values = np.random.default_rng(0).normal(size=3)
-    found = statistics.estimate_mean(values)
+    found = intervals.estimate_mean(values)
     low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     np.testing.assert_allclose(
         (found.mean - found.halfwidth, found.mean + found.halfwidth), (low, high)
     )
     for without in (values[:1], np.array([1.0, np.inf])):
-        alone = statistics.estimate_mean(without)
+        alone = intervals.estimate_mean(without)
         assert np.isnan(alone.halfwidth)
         assert not alone.excludes_zero()
 
@@ -192,7 +193,7 @@ def test_slopes_are_fitted_seed_by_seed():
     best = 3 * rng.normal(size=3) - 0.5 * np.log2(widths)[:, None] + 0.05 * rng.normal(size=(4, 3))
     slopes = [stats.linregress(np.log2(widths), column).slope for column in best.T]
     found = statistics.fit_slope(widths, best)
-    np.testing.assert_allclose(found, statistics.estimate_mean(np.array(slopes)))
+    np.testing.assert_allclose(found, intervals.estimate_mean(np.array(slopes)))
     # Without the seeds, the scatter of their levels would hide the slope.
     assert found.excludes_zero()
     assert stats.linregress(np.repeat(np.log2(widths), 3), best.ravel()).pvalue > 0.05

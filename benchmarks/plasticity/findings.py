@@ -12,9 +12,9 @@ from benchmarks.plasticity.statistics import (
     Difference,
     average_last_tasks,
     compare_all,
-    estimate_mean,
 )
 from benchmarks.plasticity.training import Curves
+from benchmarks.reporting.intervals import estimate_mean
 
 DIGITS = 6  # significant ones in the file
 

@@ -1,25 +1,14 @@
 """Means with confidence intervals over the seeds, and differences between methods seed by seed."""
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-CONFIDENCE = 0.95
+from benchmarks.reporting.intervals import Estimate, estimate_mean
+
 LAST_TASKS = 10
-
-
-class Estimate(NamedTuple):
-    """A mean, and half the width of its confidence interval by the t distribution."""
-
-    mean: float
-    halfwidth: float  # NaN with a single seed
-
-    def excludes_zero(self) -> bool:
-        return abs(self.mean) > self.halfwidth  # False with a single seed
 
 
 class Difference(NamedTuple):
@@ -32,19 +21,6 @@ class Difference(NamedTuple):
 
     def is_told_apart(self) -> bool:
         return self.among_all.excludes_zero()
-
-
-def estimate_mean(values: np.ndarray, intervals: int = 1) -> Estimate:
-    """The mean over the seeds, one value per seed.
-
-    Of several `intervals` each is so wide (Bonferroni) that all hold at once with the confidence of one.
-    """
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Estimate(mean, math.nan)
-    error = np.std(values, ddof=1) / math.sqrt(count)
-    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * intervals), count - 1)
-    return Estimate(mean, float(quantile * error))
 
 
 def average_last_tasks(accuracy: np.ndarray) -> np.ndarray:

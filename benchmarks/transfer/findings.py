@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.reporting.intervals import Estimate, estimate_mean
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.statistics import (
-    Estimate,
     compare_losses,
     compute_logs,
-    estimate_mean,
     find_best_cell,
     find_best_exponents,
     fit_slope,

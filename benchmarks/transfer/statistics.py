@@ -2,31 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-CONFIDENCE = 0.95
-
-
-class Estimate(NamedTuple):
-    """A mean, and half the width of its confidence interval by the t distribution."""
-
-    mean: float
-    halfwidth: float  # NaN with a single seed, or if one of them has diverged
-
-    def excludes_zero(self) -> bool:
-        return abs(self.mean) > self.halfwidth  # False if that is NaN
-
-
-def estimate_mean(values: np.ndarray) -> Estimate:
-    """The mean over the seeds, one value per seed."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2 or not np.isfinite(values).all():
-        return Estimate(mean, math.nan)
-    error = np.std(values, ddof=1) / math.sqrt(count)
-    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * error))
+from benchmarks.reporting.intervals import Estimate, estimate_mean
 
 
 def compute_logs(losses: np.ndarray) -> np.ndarray:

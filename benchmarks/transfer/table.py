@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.reporting.intervals import Estimate
 from benchmarks.transfer.findings import write_estimate, write_factor
-from benchmarks.transfer.statistics import Estimate
 
 PENALTY_HEADER = ("method", "narrow rate", "wide rate", "ratio of the losses")
 Methods = Mapping[str, Mapping[str, Any]]  # as in the result file
