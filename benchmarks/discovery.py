@@ -3,7 +3,8 @@
     python -m benchmarks.discovery [--out FILE.json]
 
 For each network, a pattern matches the paths of the arrays that are on spheres by its source code.
-Networks of packages that are not installed are skipped (`pip install dm-haiku equimo flaxmodels`).
+Networks of packages that are not installed are skipped (`pip install dm-haiku equimo==1.1.0 flaxmodels`;
+later versions of equimo have other modules).
 """
 
 import functools
