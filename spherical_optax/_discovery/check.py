@@ -203,9 +203,10 @@ def _judge_changed(scaling: Scaling, arrays: _TiedArrays, change: float) -> str:
     # The largest radius is for an eps as large as the variance. Where the gradient has a large radial
     # part, it would also pass a running average, which is added to the variance like an eps.
     possible = arrays.candidate.evidence.possible
-    if scaling.is_explained_by_eps(arrays.leaves, change, RADII if possible else RADII[:-1]):
-        return "invariant but for eps"
     tangential = arrays.candidate.evidence.natural < TANGENTIAL
+    radii = RADII if possible else RADII[:-1]
+    if scaling.is_explained_by_eps(arrays.leaves, change, radii, tangential):
+        return "invariant but for eps"
     return "NOT INVARIANT" + (" (but gradient tangential)" if tangential else "")
 
 

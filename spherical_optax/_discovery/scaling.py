@@ -77,16 +77,20 @@ class Scaling:
             changes += [_compare(b, a) for b, a in zip(before, after, strict=True)]
         return float(np.max(changes))
 
-    def is_explained_by_eps(self, tie: Tie, change: float, radii: Sequence[float] = RADII) -> bool:
+    def is_explained_by_eps(
+        self, tie: Tie, change: float, radii: Sequence[float] = RADII, tangential: bool = True
+    ) -> bool:
         """Whether `change`, that at radius 1, falls with the square of the radius from one to the next.
 
         Where the eps is as large as the variance that it is added to, this is so at larger radii only:
-        the first change that is SMALL decides. In low precision rounding hides how fast it falls.
+        the first change that is SMALL decides. Rounding hides how fast it falls in low precision. And
+        where the gradient is `tangential`, which that of a nonlinearity is not, a few of many groups may
+        have an eps as large as their variance, so that the change falls more slowly at first.
         """
         before = change
         for radius in radii:
             after = self.measure_change(tie, radius)
-            if self.rounded:
+            if self.rounded or tangential:
                 if after < 3 * before / STEP**2 or (
                     radius == 100.0 and after < 0.1 * self.rounding
                 ):

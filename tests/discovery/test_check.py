@@ -225,7 +225,7 @@ def test_a_nonlinearity_is_not_an_eps(activation, scale):
     assert report.checks[0].verdict == expected, str(report)
 
 
-@pytest.mark.parametrize("share", [3e-3, 1e-2, 3e-2])
+@pytest.mark.parametrize("share", [1e-2, 3e-2])
 def test_a_small_shortcut_is_not_an_eps(share):
     x = normal(0, 64, 8)
 
