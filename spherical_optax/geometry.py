@@ -311,10 +311,7 @@ def retract(point: Params, velocity: Params, spheres: Spheres, radius: Any = Non
     """
     groups = match(spheres, point)
     before = norm(point, groups)
-    if radius is None:
-        radius = before
-    elif jax.tree_util.all_leaves([radius]) and jnp.ndim(radius) == 0:
-        radius = groups.map_per_group(lambda r: jnp.full_like(r, radius), before)
+    radius = before if radius is None else groups.to_per_group(radius, before)
     after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
     factor = groups.map_per_group(
         lambda wanted, r, yy: jnp.where(

@@ -174,6 +174,12 @@ class Groups:
         leaves = self._zip_leaves(trees)
         return self.unflatten([(off if leaf is None else f)(*xs) for leaf, *xs in leaves])
 
+    def to_per_group(self, value: Any, like: PerGroup) -> PerGroup:
+        """A number for every group, like the tree `like`; a group-sized tree stays as it is."""
+        if jax.tree_util.all_leaves([value]) and jnp.ndim(value) == 0:
+            return self.map_per_group(lambda x: jnp.full_like(x, value), like)
+        return value
+
     def mean(self, sums: PerGroup) -> PerGroup:
         """Divides group-sized sums by the number of coordinates of each group."""
         leaves = self._zip_leaves((sums,))

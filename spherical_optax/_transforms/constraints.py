@@ -33,7 +33,7 @@ from spherical_optax._core.safe_math import (
     upcast,
 )
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._core.trees import as_dtype, cast_like, correct_bias, mix
+from spherical_optax._core.trees import as_dtype, cast_like, correct_bias, drop_missing, mix
 
 
 def project(spheres: Spheres) -> optax.GradientTransformationExtraArgs:
@@ -146,7 +146,7 @@ def normalize(
             count = optax.safe_increment(state.count)
             nu = mix(squares, groups.read_state("nu", state.nu), decay, 1 - decay)
             state = NormalizeState(count, groups.choose(nu, state.nu))
-            squares = correct_bias(groups.map_per_group(lambda v: v, nu), decay, count)
+            squares = correct_bias(drop_missing(squares, nu), decay, count)
 
         def compute_factor(r, qq):
             factor = divide_or_one(r, sqrt(qq))
@@ -311,10 +311,7 @@ def _is_part(part: Any) -> bool:
 def _leave_parts(x: Any, q: Any, groups: Groups, wanted: Any, outward: Any, inward: Any) -> Any:
     """The radii R + c (||x + q|| - R), with R = `wanted`, or ||x|| if that is None."""
     before = geometry.norm(x, groups)
-    if wanted is None:
-        wanted = before
-    elif jax.tree_util.all_leaves([wanted]) and jnp.ndim(wanted) == 0:
-        wanted = groups.map_per_group(lambda r: jnp.full_like(r, wanted), before)
+    wanted = before if wanted is None else groups.to_per_group(wanted, before)
     after = groups.sum(lambda x, q: jnp.square(x + q), x, q)
 
     def leave_part(r, yy):

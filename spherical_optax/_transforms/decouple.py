@@ -121,7 +121,8 @@ def decouple(
         w = jax.tree.map(jnp.asarray, require_params(params))
         all_groups = [match_updates(spheres, updates, w) for spheres in gains]
         z = _read_z(all_groups, require_state(state, DecoupleState).z)
-        gain = _compute_gain(phi, all_groups, z, w)
+        factors = _compute_factors(phi, all_groups, z)
+        gain = _compute_gain(all_groups, factors, w)
         u = _map(all_groups, _take_up, state.u, w, gain, off=lambda _, w, __: w)
         before = _map(all_groups, _multiply, u, gain, off=lambda *_: None)
         du = _map(
@@ -134,22 +135,23 @@ def decouple(
         )
         dz = []
         for k, groups in enumerate(all_groups):
-            others = _compute_gain(phi, all_groups, z, w, without=k)
+            others = _compute_gain(all_groups, factors, w, without=k)
             sums = groups.sum(lambda u, f, g: u * f * g, u, others, updates)
             dz.append(groups.map_per_group(lambda z, s: _differentiate(phi, z) * s, z[k], sums))
         u_step, in_u = move_u.update(du, state.direction, u, **extra_args)
         z_step, in_z = move_z.update(tuple(dz), state.magnitude, z, **extra_args)
         u: Any = optax.apply_updates(u, u_step)
         z: Any = optax.apply_updates(z, z_step)
-        after = _map(
-            all_groups,
-            _multiply,
-            u,
-            _compute_gain(phi, all_groups, z, w),
-            off=lambda *_: None,
-        )
+        gain = _compute_gain(all_groups, _compute_factors(phi, all_groups, z), w)
+        after = _map(all_groups, _multiply, u, gain, off=lambda *_: None)
         step = _map(
-            all_groups, _compute_step, w, before, after, u_step, off=lambda _, __, ___, step: step
+            all_groups,
+            lambda _, *points: _compute_step(*points),
+            u_step,
+            w,
+            before,
+            after,
+            off=lambda step, *_: step,
         )
         stored = _map(all_groups, lambda u, _: u, u, state.u, off=lambda _, before: before)
         z = tuple(
@@ -171,19 +173,24 @@ def _map(all_groups: Sequence[Groups], f: Callable[..., Any], *trees: Any, off: 
     return groups.unflatten([f(*xs) if on else off(*xs) for on, *xs in leaves])
 
 
+def _compute_factors(
+    phi: Callable[[jax.Array], jax.Array], all_groups: Sequence[Groups], z: Sequence[PerGroup]
+) -> list[PerGroup]:
+    """phi(z_k) for every k."""
+    return [groups.map_per_group(phi, values) for groups, values in zip(all_groups, z, strict=True)]
+
+
 def _compute_gain(
-    phi: Callable[[jax.Array], jax.Array],
     all_groups: Sequence[Groups],
-    z: Sequence[PerGroup],
+    factors: Sequence[PerGroup],
     like: Params,
     without: int | None = None,
 ) -> Params:
-    """prod_k phi(z_k), for every entry of the arrays, without one of the k."""
+    """The product of the factors, for every entry of the arrays, without one of them."""
     gain = _map(all_groups, lambda x: jnp.ones_like(upcast(x)), like, off=lambda _: None)
-    for k, (groups, values) in enumerate(zip(all_groups, z, strict=True)):
+    for k, (groups, factor) in enumerate(zip(all_groups, factors, strict=True)):
         if k != without:
-            factors = groups.map_per_group(phi, values)
-            gain = groups.map_arrays(lambda f, factor: f * factor, gain, factors)
+            gain = groups.map_arrays(lambda x, f: x * f, gain, factor)
     return gain
 
 
@@ -191,7 +198,7 @@ def _multiply(u: jax.Array, gain: jax.Array) -> jax.Array:
     return upcast(u) * gain
 
 
-def _compute_step(w: jax.Array, before: jax.Array, after: jax.Array, _: Any) -> jax.Array:
+def _compute_step(w: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
     """From W to U prod_k phi(z_k), and 0 where that has not moved: W may be a rounding off it."""
     return jnp.where(before == after, 0.0, after - upcast(w)).astype(w.dtype)
 

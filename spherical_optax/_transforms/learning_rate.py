@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from spherical_optax._core.arguments import require_rate
+from spherical_optax._core.trees import cast_like
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -19,6 +19,6 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):
             found, state = tx.update(updates, state, params)
-        return jax.tree.map(lambda x, g: x.astype(jnp.result_type(g)), found, updates), state
+        return cast_like(found, updates), state
 
     return optax.GradientTransformation(tx.init, update)

@@ -1,5 +1,6 @@
 """Weight decay, everywhere or off the spheres."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import optax
 
 from spherical_optax._core.boxes import box_like, to_dictionaries
-from spherical_optax._core.matching import match
+from spherical_optax._core.matching import on_spheres
 from spherical_optax._core.sphere import Spheres
 
 
@@ -37,8 +38,5 @@ def add_decay_off_spheres(
 ) -> optax.GradientTransformation:
     """Adds weight decay off the spheres only: on a sphere it is radial, and a retraction undoes it."""
 
-    def is_off(tree):
-        groups = match(spheres, tree).with_tangent_space()
-        return groups.label(tree, lambda leaf: leaf is None)
-
-    return add_decayed_weights(weight_decay, is_off)
+    is_on = on_spheres(spheres)
+    return add_decayed_weights(weight_decay, lambda tree: jax.tree.map(operator.not_, is_on(tree)))
