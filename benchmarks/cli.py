@@ -3,9 +3,9 @@
 import argparse
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DTYPES = ("float32", "bfloat16")
 
@@ -38,6 +38,15 @@ def at_least(
 
     parse.__name__ = kind.__name__  # argparse prints this name when `kind` rejects the text
     return parse
+
+
+def write_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The words of the options that have another value than their default."""
+    words = []
+    for name, default in defaults.items():
+        if (value := getattr(args, name)) != default:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -151,7 +151,7 @@ def make_table(rows: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return tables.to_rich(HEADER, format_rows(rows), title)
 
 
-TRACE_HEADER = ("optimizer", *(kind for kind in hlo.LISTED_KINDS), "busy, us", "waiting, us")
+TRACE_HEADER = ("optimizer", *hlo.LISTED_KINDS, "busy, us", "waiting, us")
 
 
 def format_traces(traces: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cli import Parser, at_least
+from benchmarks.cli import Parser, at_least, write_options
 from benchmarks.plasticity import grid
 from benchmarks.plasticity.findings import Outcome, describe
 from benchmarks.plasticity.methods import METHODS, Cell
@@ -30,8 +30,6 @@ from benchmarks.plasticity.table import (
     format_turns,
 )
 from benchmarks.plasticity.tasks import (
-    BATCH_SIZE,
-    CLASSES,
     IMAGES,
     find_hidden_spheres,
     load_images,
@@ -39,6 +37,7 @@ from benchmarks.plasticity.tasks import (
 from benchmarks.plasticity.training import Experiment
 from benchmarks.reporting import report, tables
 from benchmarks.reporting.progress import show_progress
+from benchmarks.training.flat_digits import BATCH_SIZE, CLASSES
 
 CHOSEN = Path(__file__).parents[1] / "results" / "plasticity.json"
 FULL: dict[str, Any] = {"tasks": 60, "steps": 150, "seeds": 10, "methods": list(METHODS)}
@@ -97,10 +96,7 @@ def run(args: Namespace, chosen: dict[str, Cell]) -> dict[str, Outcome]:
 def write_command(args: Namespace) -> str:
     """The command with the options that are not those of the full form."""
     words = ["python -m benchmarks.plasticity", *(["--small"] if args.small else [])]
-    for name, default in FULL.items():
-        if (value := getattr(args, name)) != default:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return " ".join([*words, "--out FOLDER"])
+    return " ".join([*words, *write_options(args, FULL), "--out FOLDER"])
 
 
 def to_json(args: Namespace, outcomes: dict[str, Outcome]) -> dict[str, Any]:

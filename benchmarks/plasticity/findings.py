@@ -15,8 +15,7 @@ from benchmarks.plasticity.statistics import (
 )
 from benchmarks.plasticity.training import Curves
 from benchmarks.reporting.intervals import estimate_mean
-
-DIGITS = 6  # significant ones in the file
+from benchmarks.reporting.report import round_all
 
 
 class Outcome(NamedTuple):
@@ -75,10 +74,6 @@ def describe_one(name: str, outcome: Outcome, last: Mapping[str, np.ndarray]) ->
 def compute_std(values: np.ndarray) -> np.ndarray:
     """Over the seeds, of the sample; NaN with a single seed."""
     return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)
-
-
-def round_all(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.{DIGITS}g}") for value in values]
 
 
 # --- sentences --------------------------------------------------------------------------------

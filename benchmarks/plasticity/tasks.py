@@ -3,16 +3,17 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from sklearn.datasets import load_digits
 
-import spherical_optax as so
+from benchmarks.training.flat_digits import (
+    CLASSES,
+    draw_batches,
+    find_layer_spheres,
+    put_on_one_sphere,
+    read_digits,
+)
 
-IMAGES, CLASSES, WIDTH, BATCH_SIZE = 256, 10, 64, 64
-BATCHES = IMAGES // BATCH_SIZE  # of one epoch
-LARGEST_PIXEL = 16.0
+IMAGES, WIDTH = 256, 64
 FIRST, SECOND, HEAD = "Dense_0", "Dense_1", "Dense_2"  # the layers, as Flax names them
 
 
@@ -34,8 +35,7 @@ class Task(NamedTuple):
 
 def load_images() -> jax.Array:
     """The first images of scikit-learn's digits, (images, pixels), from 0 to 1."""
-    pixels, _ = load_digits(return_X_y=True)
-    return jnp.asarray((pixels[:IMAGES] / LARGEST_PIXEL).astype(np.float32))
+    return read_digits().images[:IMAGES]
 
 
 def init_params(key: jax.Array, images: jax.Array) -> Any:
@@ -50,34 +50,12 @@ def draw_task(key: jax.Array, steps: int) -> Task:
     """Random labels, and batches that go through all images in an order that every epoch draws anew."""
     labels_key, order_key = jax.random.split(key)
     labels = jax.random.randint(labels_key, (IMAGES,), 0, CLASSES)
-    epochs = -(-steps // BATCHES)  # the last one may be cut short
-    orders = jax.vmap(lambda key: jax.random.permutation(key, IMAGES))(
-        jax.random.split(order_key, epochs)
-    )
-    return Task(labels, orders.reshape(-1, BATCH_SIZE)[:steps])
+    return Task(labels, draw_batches(order_key, IMAGES, steps))
 
 
 def find_hidden_spheres(images: jax.Array) -> Any:
-    """The spheres of the network, measured: each hidden layer with its bias is one, the head is on none.
-
-    The head has no normalisation behind it.
-    """
-    params = init_params(jax.random.key(0), images)
-    batch = images[:BATCH_SIZE]
-    found = so.find_spheres(lambda params: predict(params, batch), params, key=jax.random.key(1))
-    expected = {
-        FIRST: put_on_one_sphere(FIRST),
-        SECOND: put_on_one_sphere(SECOND),
-        HEAD: {"kernel": None, "bias": None},
-    }
-    assert found == expected, found
-    return found
-
-
-def put_on_one_sphere(layer: str) -> dict[str, so.Sphere]:
-    """The kernel and the bias of a layer as one vector."""
-    sphere = so.Sphere((), tie=layer)
-    return {"kernel": sphere, "bias": sphere}
+    """The spheres of the network, measured: those of both hidden layers."""
+    return find_layer_spheres(predict, init_params(jax.random.key(0), images), images, HEAD)
 
 
 def add_head(spheres: Any) -> Any:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from benchmarks.reporting.intervals import estimate_mean
 from benchmarks.training import recipes
 from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.training.run import Run
 
-CONFIDENCE = 0.95
 SMALLEST = 1e-12  # a loss can be 0
 
 
@@ -122,6 +121,5 @@ def _compare(
         return None
     value = QUANTITIES[claim.quantity]
     differences = [value(ahead[seed]) - value(behind[seed]) for seed in seeds]
-    error = np.std(differences, ddof=1) / math.sqrt(len(seeds))
-    halfwidth = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * error)
-    return Finding(claim, better, worse, float(np.mean(differences)), halfwidth, len(seeds))
+    mean, halfwidth = estimate_mean(np.array(differences))
+    return Finding(claim, better, worse, mean, halfwidth, len(seeds))

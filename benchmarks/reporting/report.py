@@ -6,7 +6,7 @@ import os
 import platform as python_platform
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -133,6 +133,11 @@ def find_float32_products() -> str:
     if chosen is None and jax.default_backend() == "gpu":
         return "tensorfloat32"  # XLA's default on NVIDIA's tensor cores
     return chosen or "float32"
+
+
+def round_all(values: Iterable[float]) -> list[float]:
+    """The numbers with six significant digits, for a file."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def write_json(path: Path, content: Any) -> None:

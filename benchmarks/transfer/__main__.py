@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cli import Parser, at_least
+from benchmarks.cli import Parser, at_least, write_options
 from benchmarks.reporting import report, tables
 from benchmarks.reporting.progress import show_progress
+from benchmarks.training.flat_digits import BATCH_SIZE
 from benchmarks.transfer.findings import Outcome, describe
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.network import (
@@ -37,7 +38,7 @@ from benchmarks.transfer.table import (
     make_losses_header,
     make_rates_header,
 )
-from benchmarks.transfer.training import BATCH_SIZE, Ends, Experiment
+from benchmarks.transfer.training import Ends, Experiment
 
 DEFAULTS: dict[str, Any] = {
     "widths": [32, 64, 128, 256],
@@ -80,11 +81,8 @@ def run(args: Namespace) -> list[Outcome]:
 
 def write_command(args: Namespace) -> str:
     """The command with the options that are not the defaults."""
-    words = ["python -m benchmarks.transfer"]
-    for name, default in DEFAULTS.items():
-        if (value := getattr(args, name)) != default:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return " ".join([*words, "--out FOLDER"])
+    words = write_options(args, DEFAULTS)
+    return " ".join(["python -m benchmarks.transfer", *words, "--out FOLDER"])
 
 
 def to_json(args: Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.reporting.intervals import Estimate, estimate_mean
+from benchmarks.reporting.report import round_all
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.statistics import (
     compare_losses,
@@ -17,8 +18,6 @@ from benchmarks.transfer.statistics import (
     is_at_edge,
 )
 from benchmarks.transfer.training import Ends
-
-DIGITS = 6  # significant ones in the file
 
 
 class Outcome(NamedTuple):
@@ -90,10 +89,6 @@ def to_factor(log: Estimate) -> dict[str, float]:
     low, high = log.mean - log.halfwidth, log.mean + log.halfwidth
     mean, low, high = (float(np.exp(x)) for x in (log.mean, low, high))
     return {"mean": mean, "low": low, "high": high}
-
-
-def round_all(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.{DIGITS}g}") for value in values]
 
 
 # --- sentences --------------------------------------------------------------------------------

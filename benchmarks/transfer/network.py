@@ -1,26 +1,23 @@
 """Residual networks of several widths on scikit-learn's digits, and the spheres that they share."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from sklearn.datasets import load_digits
 
 import spherical_optax as so
+from benchmarks.training.flat_digits import (
+    BATCH_SIZE,
+    CLASSES,
+    Digits,
+    find_layer_spheres,
+    read_digits,
+)
 
-CLASSES, BLOCKS, NARROWEST = 10, 2, 32
-TRAINING_IMAGES, SPLIT_SEED, PROBED_IMAGES = 1200, 0, 64
-LARGEST_PIXEL = 16.0
+BLOCKS, NARROWEST = 2, 32
+TRAINING_IMAGES, SPLIT_SEED = 1200, 0
 HEAD = "head"  # the only layer without a normalisation behind it
-
-
-class Digits(NamedTuple):
-    """Images as (images, pixels) from 0 to 1, and their labels."""
-
-    images: jax.Array
-    labels: jax.Array
 
 
 class Network(nn.Module):
@@ -43,14 +40,9 @@ def normalize(x: jax.Array) -> jax.Array:
 
 def load_split() -> tuple[Digits, Digits]:
     """1,200 images for training and the other 597 for validation, in the same order on every call."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
-    images = (pixels / LARGEST_PIXEL).astype(np.float32)
-
-    def take(indices: np.ndarray) -> Digits:
-        return Digits(jnp.asarray(images[indices]), jnp.asarray(labels[indices], jnp.int32))
-
-    return take(order[:TRAINING_IMAGES]), take(order[TRAINING_IMAGES:])
+    digits = read_digits()
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.labels))
+    return digits.take(order[:TRAINING_IMAGES]), digits.take(order[TRAINING_IMAGES:])
 
 
 def init_params(key: jax.Array, width: int, images: jax.Array) -> Any:
@@ -68,25 +60,13 @@ def find_shared_spheres(images: jax.Array) -> Any:
 
     They declare the spheres of the network at every width, as they name layers and axes, no sizes.
     """
-    params, batch = init_params(jax.random.key(0), NARROWEST, images), images[:PROBED_IMAGES]
-    found = so.find_spheres(lambda params: predict(params, batch), params, key=jax.random.key(1))
-    expected = {
-        name: {"kernel": None, "bias": None} if name == HEAD else put_on_one_sphere(name)
-        for name in params
-    }
-    assert found == expected, found
-    return found
-
-
-def put_on_one_sphere(layer: str) -> dict[str, so.Sphere]:
-    """The kernel and the bias of a layer as one vector."""
-    sphere = so.Sphere((), tie=layer)
-    return {"kernel": sphere, "bias": sphere}
+    params = init_params(jax.random.key(0), NARROWEST, images)
+    return find_layer_spheres(predict, params, images, HEAD)
 
 
 def check_shared_spheres(spheres: Any, width: int, images: jax.Array) -> None:
     """Asserts that the network of this width is invariant on the spheres of the narrow one."""
-    params, batch = init_params(jax.random.key(0), width, images), images[:PROBED_IMAGES]
+    params, batch = init_params(jax.random.key(0), width, images), images[:BATCH_SIZE]
     report = so.check_spheres(
         lambda params: predict(params, batch), params, spheres, key=jax.random.key(1)
     )

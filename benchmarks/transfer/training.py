@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.training.flat_digits import Digits, draw_batches
 from benchmarks.transfer.methods import Method
-from benchmarks.transfer.network import Digits, init_params, predict
-
-BATCH_SIZE = 64
+from benchmarks.transfer.network import init_params, predict
 
 
 class Ends(NamedTuple):
@@ -73,13 +72,3 @@ def compute_loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array
 def decay_linearly(rate: Any, steps: int) -> optax.Schedule:
     """From `rate` at the first step to zero after the last one."""
     return lambda count: rate * (1 - count / steps)
-
-
-def draw_batches(key: jax.Array, images: int, steps: int) -> jax.Array:
-    """(steps, BATCH_SIZE): epochs in an order that each draws anew; what fills no batch is left out."""
-    per_epoch = images // BATCH_SIZE
-    epochs = -(-steps // per_epoch)  # the last one may be cut short
-    orders = jax.vmap(lambda key: jax.random.permutation(key, images))(
-        jax.random.split(key, epochs)
-    )
-    return orders[:, : per_epoch * BATCH_SIZE].reshape(-1, BATCH_SIZE)[:steps]
