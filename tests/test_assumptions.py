@@ -16,6 +16,8 @@ from benchmarks.assumptions import __main__ as command
 from benchmarks.assumptions import hypotheses, recording
 from benchmarks.training import models, recipes
 
+from .command_line import expect_one_error_line
+
 TINY = partial(models.ResNet, widths=(4,), blocks=0)  # compiles fast
 B1, B2, EPS = 0.9, 0.99, 1e-8
 
@@ -180,13 +182,7 @@ def test_the_command_writes_numbers_and_figure(finished):
 )
 def test_bad_input_gets_one_line_and_code_2(tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.setitem(models.MODELS, "digits", TINY)
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments(tmp_path, **changes))
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert line.startswith("error: ")
-    assert message in line
+    expect_one_error_line(capsys, lambda: command.main(arguments(tmp_path, **changes)), message)
 
 
 def test_a_run_that_diverges_is_named(tmp_path, capsys, monkeypatch):

@@ -27,6 +27,8 @@ from benchmarks.training.normalization import BatchNorm
 from benchmarks.training.run import Run
 from benchmarks.training.trainer import Trainer
 
+from .command_line import expect_one_error_line
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -450,13 +452,7 @@ def arguments(tmp_path, **changes):
     ],
 )
 def test_bad_input_gets_one_line_and_code_2(tmp_path, capsys, changes, message):
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(tmp_path, **changes))
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert line.startswith("error: ")
-    assert message in line
+    expect_one_error_line(capsys, lambda: train.main(arguments(tmp_path, **changes)), message)
 
 
 def test_diverged_seeds_are_reported(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,8 @@ from benchmarks.plasticity import (
 )
 from benchmarks.reporting import intervals
 
+from .command_line import expect_one_error_line
+
 STEPS = 5  # of a task: an epoch and the first batch of another
 
 
@@ -305,10 +307,4 @@ def test_the_small_form_takes_the_chosen_values(finished, monkeypatch, capsys):
 )
 def test_bad_input_gets_one_line_and_code_2(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(command, "CHOSEN", tmp_path / "none.json")
-    with pytest.raises(SystemExit) as stop:
-        command.main(options)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert line.startswith("error: ")
-    assert message in line
+    expect_one_error_line(capsys, lambda: command.main(options), message)

@@ -247,10 +247,10 @@ def test_a_result_that_may_not_be_read_stays(tmp_path, capsys, monkeypatch, expe
     name = sorted(expected)[0]
     read = Path.read_text
 
-    def forbidden(self, *rest):
+    def forbidden(self, *rest, **more):
         if self.name == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return read(self, *rest)
+        return read(self, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", forbidden)

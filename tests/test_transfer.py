@@ -24,6 +24,8 @@ from benchmarks.transfer import (
     training,
 )
 
+from .command_line import expect_one_error_line
+
 STEPS = 20  # an epoch of 18 batches and the beginning of another
 
 
@@ -311,10 +313,4 @@ def test_one_width_and_one_seed_have_nothing_to_compare(capsys):
     ],
 )
 def test_bad_input_gets_one_line_and_code_2(capsys, options, message):
-    with pytest.raises(SystemExit) as stop:
-        command.main(options)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert line.startswith("error: ")
-    assert message in line
+    expect_one_error_line(capsys, lambda: command.main(options), message)

@@ -4,9 +4,7 @@ The data are the public golden set `norm_control`. Every run has 30 gradients, w
 point, and row t of a trajectory is the point at which gradient t is taken.
 """
 
-import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +14,16 @@ import pytest
 
 import spherical_optax as so
 
-DATA = pathlib.Path(__file__).parent / "data" / "norm_control"
+from . import recorded
+
+DATA = recorded.DATA / "norm_control"
 CASES = {case["id"]: case for case in json.loads((DATA / "cases.json").read_text())["cases"]}
 
 pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
 
 
-@functools.cache
 def arrays(name):
-    with np.load(DATA / f"{name}.npz") as stored:
-        return dict(stored)
+    return recorded.arrays(f"norm_control/{name}")
 
 
 def rate(count):
