@@ -30,4 +30,25 @@ def make_optimizers(spheres: Any, weight_decay: float) -> dict[str, optax.Gradie
         ),
         "so.adamp, guessing": so.adamp(LEARNING_RATE, weight_decay=weight_decay),
         f"so.track(optax.adam, every={EVERY})": so.track(adam, spheres, every=EVERY),
+        **make_norm_controlled(spheres),
+    }
+
+
+def make_norm_controlled(spheres: Any) -> dict[str, optax.GradientTransformation]:
+    """Adam with the blocks of docs/norm_control.md behind it or around it."""
+    adam = optax.adam(LEARNING_RATE)
+    return {
+        "adam, so.retract": optax.chain(adam, so.retract(spheres, "initial")),
+        "adam, so.retract(outward)": optax.chain(
+            adam, so.retract(spheres, outward=0.5, inward=1.0)
+        ),
+        "adam, so.normalize(decay)": optax.chain(
+            optax.scale_by_adam(),
+            so.center(spheres),
+            so.project(spheres),
+            so.normalize(spheres, decay=0.9),
+            optax.scale_by_learning_rate(LEARNING_RATE),
+            so.retract(spheres, "initial"),
+        ),
+        "so.decouple(adam, adam)": so.decouple(adam, adam, (spheres,)),
     }
