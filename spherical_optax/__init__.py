@@ -17,16 +17,18 @@ from spherical_optax._core.matching import on_spheres, spheres_where
 from spherical_optax._core.sphere import Sphere
 from spherical_optax._discovery.check import check_spheres
 from spherical_optax._discovery.find import find_spheres, survey_spheres
-from spherical_optax._optimizers.adam_variants import adam, adamg, adams, adamsrt, adamst
+from spherical_optax._optimizers.adam_variants import adam, adams, adamsrt, adamst
+from spherical_optax._optimizers.adamg import adamg
 from spherical_optax._optimizers.adamg_star import adamg_star
 from spherical_optax._optimizers.adamp import adamp, sgdp
 from spherical_optax._optimizers.hyperball import adamh, hyperball, muonh
 from spherical_optax._optimizers.sgd_variants import sgd, sgd_mrt
 from spherical_optax._optimizers.variants import VARIANTS
-from spherical_optax._transforms.constraints import center, normalize, project, retract
+from spherical_optax._transforms.constraints import center, normalize, project
 from spherical_optax._transforms.decouple import decouple
 from spherical_optax._transforms.momentum import ema, trace
 from spherical_optax._transforms.quotient import quotient
+from spherical_optax._transforms.retract import retract
 from spherical_optax._transforms.second_moment import rms
 from spherical_optax._transforms.stacked import stacked
 from spherical_optax.analysis import track

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
-from spherical_optax._core.projection import remove_radial
+from spherical_optax._core.projection import compute_retraction_factor, remove_radial
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
 from spherical_optax._core.shapes import Params, PerGroup
 from spherical_optax._core.sphere import Spheres
@@ -310,17 +310,11 @@ def retract(point: Params, velocity: Params, spheres: Spheres, radius: Any = Non
     Source: the second line of AdamG*, section 3.2 of the paper.
     """
     groups = match(spheres, point)
-    before = norm(point, groups)
+    xx = dot(point, point, groups)
+    before = groups.map_per_group(sqrt, xx)
     radius = before if radius is None else groups.to_per_group(radius, before)
-    after = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
-    factor = groups.map_per_group(
-        lambda wanted, r, yy: jnp.where(
-            is_zero(wanted) | is_zero(r), 1.0, divide_or_one(wanted, sqrt(yy))
-        ),
-        radius,
-        before,
-        after,
-    )
+    yy = groups.sum(lambda x, v: jnp.square(x + v), point, velocity)
+    factor = groups.map_per_group(compute_retraction_factor, radius, xx, yy)
     return groups.map(lambda x, v, f: f * (x + v), point, velocity, factor, off=_add_step)
 
 

@@ -269,3 +269,24 @@ def test_weight_decay_is_for_the_rest():
         np.testing.assert_array_equal(actual["kernel"], expected["kernel"])
         difference = expected["bias"] - 0.05 * params["bias"]
         np.testing.assert_allclose(actual["bias"], difference, rtol=1e-5)
+
+
+def test_a_step_that_nearly_reaches_the_origin():
+    """||x + q||^2 has few digits there: an error of eps <x, x> / <y, y>. The next step has all."""
+    x = _normal(0, 50, 4)
+    radius = so.geometry.norm(x, FILTERS)
+    tx = so.hyperball(optax.identity(), 0.9, FILTERS, "initial")
+    updates, state = tx.update(x, tx.init(x), x)  # y = x - 0.9 x
+    y = optax.apply_updates(x, updates)
+    eps = jnp.finfo(jnp.float32).eps
+    np.testing.assert_allclose(so.geometry.norm(y, FILTERS), radius, rtol=4 * eps / 0.1**2)
+    updates, state = tx.update(_normal(1, 50, 4), state, y)
+    y = optax.apply_updates(y, updates)
+    np.testing.assert_allclose(so.geometry.norm(y, FILTERS), radius, rtol=4 * eps)
+
+
+def test_a_state_of_another_length():
+    params = _normal(0, 5, 4)
+    tx = so.hyperball(optax.identity(), 0.1, LAYER)
+    with pytest.raises(ValueError, match=r"hyperball: the state has 2 parts, not 4.*init"):
+        tx.update(params, tx.init(params)[:2], params)

@@ -39,6 +39,17 @@ def require_state(state: Any, kind: Any) -> Any:
     return state
 
 
+def require_parts(caller: str, state: Any, count: int) -> Any:
+    """Returns the state of a chain, and raises a ValueError if it has not so many parts."""
+    if not isinstance(state, tuple) or len(state) != count:
+        parts = len(state) if isinstance(state, tuple) else 0
+        raise ValueError(
+            f"{caller}: the state has {parts} parts, not {count}: it was made by another optimizer. "
+            "Take a state from init"
+        )
+    return state
+
+
 def require_rate(learning_rate: Any) -> Any:
     """Returns a learning rate, and raises a ValueError if it is neither a number nor a schedule."""
     if not (callable(learning_rate) or is_number(learning_rate)):

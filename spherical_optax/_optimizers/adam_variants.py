@@ -9,6 +9,7 @@ away from the sphere: (a) the element-wise division, (b) momentum without transp
     adamst   quotient(ema(transport, l2),           rms(spheres, l2))                    lr
     adamsrt  quotient(ema(transport, rescale, l2),  rms(spheres, rescale, l2))           lr
     adamg    quotient(ema(transport),               rms(spheres, reduce="sum"))          lr  retract(1)
+             (in adamg.py)
 
 The L2 term is an argument of the moments, as in [8], [19] and [20]. `add_decayed_weights` in front of
 them would give the same numbers, but the sum g + lambda x would take one more array in memory.
@@ -22,13 +23,11 @@ import optax
 from spherical_optax._core.arguments import reject_number
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
-from spherical_optax._transforms.constraints import retract
 from spherical_optax._transforms.inner_products import to_transformation
 from spherical_optax._transforms.learning_rate import scale_by_learning_rate
 from spherical_optax._transforms.momentum import Ema, ema
 from spherical_optax._transforms.quotient import Quotient, quotient
 from spherical_optax._transforms.second_moment import Rms, rms
-from spherical_optax._transforms.weight_decay import add_decay_off_spheres
 
 
 def adam(
@@ -230,55 +229,3 @@ def adamsrt(
     )
     b = Rms(decay=b2, eps=eps, spheres=spheres, rescale=True, weight_decay=weight_decay)
     return optax.chain(to_transformation(Quotient(a, b)), scale_by_learning_rate(learning_rate))
-
-
-def adamg(
-    learning_rate: Scalar,
-    spheres: Spheres,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    *,
-    weight_decay: Scalar = 0.0,
-    mu_dtype: Any | None = None,
-) -> Transformation:
-    """AdamG: Adam on the unit sphere, with transported momentum and one second moment per group.
-
-    Use this when the weights should stay on unit spheres, and the learning rate should be an angle.
-
-    y = x - eta m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),  x <- y / ||y||
-    m <- b1 Gamma(m) + (1 - b1) grad,  v <- b2 v + (1 - b2) ||grad||^2
-
-    Gamma is the parallel transport of m from the last point to this one; v is not divided by d.
-
-    Args:
-      learning_rate: eta, a number or a schedule: the step in radians, and therefore larger than Adam's.
-      spheres: how the leaves split into groups, all of which land on unit spheres at the first step.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added outside the root.
-      weight_decay: lambda, a number or a schedule; only off the spheres, because it is radial on them.
-      mu_dtype: dtype of m; None takes the parameters'.
-
-    Returns:
-      A `GradientTransformationExtraArgs`. State: m, and two numbers per group.
-
-    Raises:
-      ValueError: if `spheres` does not fit the parameters; in `update`, if `params` is missing.
-
-    >>> tx = so.adamg(0.1, so.Sphere())
-    >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
-    >>> updates, state = tx.update({"kernel": jnp.array([[0.0], [7.0]])}, tx.init(params), params)
-    >>> so.geometry.norm(optax.apply_updates(params, updates), so.Sphere())
-    {'kernel': Array([[1.]], dtype=float32)}
-
-    Source: Cho and Lee, "Riemannian approach to batch normalization" (2017), as in section 4.1.
-    """
-    a = ema(b1, spheres, transport=True, accumulator_dtype=mu_dtype)
-    b = rms(b2, eps, spheres, reduce="sum")
-    return optax.chain(
-        add_decay_off_spheres(spheres, weight_decay),
-        quotient(a, b),
-        scale_by_learning_rate(learning_rate),
-        retract(spheres, 1.0),
-    )

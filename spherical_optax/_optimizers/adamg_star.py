@@ -6,16 +6,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
-from spherical_optax._core.arguments import require_params
+from spherical_optax._core.arguments import require_parts
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.moments import Moments
-from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero
+from spherical_optax._core.safe_math import divide_or_one, hypot, is_zero, sqrt
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import as_dtype
-from spherical_optax._transforms.constraints import retract
+from spherical_optax._transforms.inner_products import compute_inner_products
+from spherical_optax._transforms.retract import Retraction
+
+
+class MirroredRadiusState(NamedTuple):
+    """State of `adamg_star`."""
+
+    MOMENTS = Moments()
+
+    count: jax.typing.ArrayLike  # steps taken, int32
+    radius_squared: optax.Updates  # squared radius, per group, of the weights of the mirrored SGD
 
 
 def adamg_star(
@@ -52,41 +61,24 @@ def adamg_star(
     radius of the weights of SGD, (2 eta^2 beta^(1/2) v)^(1/2). For constant eta and lambda this is
     equivalent. It also mirrors schedules, and it does not overflow.
     """
-    return optax.chain(
-        _scale_by_mirrored_radius(learning_rate, weight_decay, spheres), retract(spheres, 1.0)
-    )
-
-
-class MirroredRadiusState(NamedTuple):
-    """State of `adamg_star`."""
-
-    MOMENTS = Moments()
-
-    count: jax.typing.ArrayLike  # steps taken, int32
-    radius_squared: optax.Updates  # squared radius, per group, of the weights of the mirrored SGD
-
-
-def _scale_by_mirrored_radius(
-    learning_rate: Scalar, weight_decay: Scalar, spheres: Spheres
-) -> Transformation:
-    """Takes the step of SGD with the effective learning rate that SGD has at its own radius.
-
-    With s the squared radius of the weights of SGD and q = 1 - eta lambda, Table 1 of the paper gives
-    SGD the effective learning rate eta / (s q), and s^2 <- q^2 (q^2 s^2 + 2 eta^2 ||grad L(u)||^2).
-    """
+    # With s the squared radius of the weights of SGD and q = 1 - eta lambda, Table 1 of the paper gives
+    # SGD the effective learning rate eta / (s q), and s^2 <- q^2 (q^2 s^2 + 2 eta^2 ||grad L(u)||^2).
+    retraction = Retraction(spheres, 1.0)
 
     def init(params):
         radius = match(spheres, params).with_tangent_space().make_zeros(params)
-        return MirroredRadiusState(jnp.zeros([], jnp.int32), radius)
+        mirrored = MirroredRadiusState(jnp.zeros([], jnp.int32), radius)
+        return mirrored, retraction.init(params)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        state, retract_state = require_parts("adamg_star", state, 2)
         groups = match_updates(spheres, updates, params).with_tangent_space()
         eta, decay = (h(state.count) if callable(h) else h for h in (learning_rate, weight_decay))
         shrink = 1 - jnp.asarray(eta * decay)
-        square = geometry.dot(require_params(params), params, groups)
+        products = compute_inner_products({"gg", "gx", "xx"}, groups, g=updates, x=params)
 
-        def step_off_spheres(x, g, _):
+        def step_off_spheres(_s, _xx, x, g):
             if g is None:
                 return None
             dtype = jnp.result_type(x)
@@ -98,23 +90,25 @@ def _scale_by_mirrored_radius(
             """The radius of SGD is that of the parameters at first, and for filters that were zero."""
             return jnp.where(is_zero(s), xx, s)
 
-        def compute_rate(s, xx):
-            return as_dtype(eta, s.dtype) / as_dtype(shrink, s.dtype) * divide_or_one(xx, s)
+        def compute_factor(s, xx, *_):
+            return -as_dtype(eta, s.dtype) / as_dtype(shrink, s.dtype) * divide_or_one(xx, s)
 
-        def follow_radius(s, r, g):
+        def follow_radius(s, xx, gg):
             q, gain = as_dtype(shrink, s.dtype), jnp.asarray(2**0.5, s.dtype)
-            return q * hypot(q * s, gain * as_dtype(eta, s.dtype) * r * g)
+            return q * hypot(q * s, gain * as_dtype(eta, s.dtype) * sqrt(xx) * sqrt(gg))
 
         before = groups.read_state("radius_squared", state.radius_squared)
-        mirrored = groups.map_per_group(start_at_parameters, before, square)
-        rate = groups.map_per_group(compute_rate, mirrored, square)
-        following = groups.map_per_group(
-            follow_radius, mirrored, geometry.norm(params, groups), geometry.norm(updates, groups)
+        mirrored = groups.map_per_group(start_at_parameters, before, products.xx)
+        following = groups.map_per_group(follow_radius, mirrored, products.xx, products.gg)
+        factors = groups.map_per_group(
+            compute_factor, mirrored, products.xx, params, updates, off=step_off_spheres
         )
-        updates = groups.map(
-            lambda x, g, rate: -rate * g, params, updates, rate, off=step_off_spheres
+        steps, retract_state = retraction.update_multiple(
+            updates, factors, retract_state, params, products, groups
         )
-        count = optax.safe_increment(state.count)
-        return updates, MirroredRadiusState(count, groups.choose(following, before))
+        state = MirroredRadiusState(
+            optax.safe_increment(state.count), groups.choose(following, before)
+        )
+        return steps, (state, retract_state)
 
     return Transformation(init, with_open_boxes(update))

@@ -1,6 +1,6 @@
 """Hyperball optimizers: any direction, on spheres of fixed radius, with steps of a known angle."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
@@ -9,24 +9,25 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from spherical_optax._core.arguments import (
     OTHER_SPHERES,
     require_params,
+    require_parts,
     require_transformation,
 )
 from spherical_optax._core.array_groups import ArrayGroups, replicate, reshard_like
 from spherical_optax._core.boxes import box_like, to_dictionaries, with_open_boxes
-from spherical_optax._core.matching import match
+from spherical_optax._core.matching import match, match_updates
 from spherical_optax._core.paths import list_leaves
-from spherical_optax._core.safe_math import upcast
+from spherical_optax._core.safe_math import sqrt, upcast
 from spherical_optax._core.shapes import Scalar, Transformation
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import cast_like
-from spherical_optax._transforms.constraints import normalize, retract
+from spherical_optax._transforms.constraints import compute_length_factor
+from spherical_optax._transforms.inner_products import compute_inner_products
 from spherical_optax._transforms.learning_rate import scale_by_learning_rate
 from spherical_optax._transforms.momentum import ema
 from spherical_optax._transforms.quotient import quotient
+from spherical_optax._transforms.retract import Radius, Retraction
 from spherical_optax._transforms.second_moment import rms
 from spherical_optax._transforms.weight_decay import add_decay_off_spheres
-
-Radius = jax.typing.ArrayLike | Literal["current", "initial"]
 
 
 def hyperball(
@@ -76,12 +77,47 @@ def hyperball(
     Source: Wen et al., "Fantastic pretraining optimizers and where to find them II: hyperball
     optimization" (2026).
     """
-    return optax.chain(
-        require_transformation("hyperball", inner),
-        normalize(spheres),
-        scale_by_learning_rate(learning_rate),
-        retract(spheres, radius),
-    )
+    inner = optax.with_extra_args_support(require_transformation("hyperball", inner))
+    step: Any = _step_by_an_angle(learning_rate, spheres, radius)
+
+    def init(params):
+        return (inner.init(params), *step.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        inner_state, *states = require_parts("hyperball", state, 4)
+        directions, inner_state = inner.update(updates, inner_state, params, **extra_args)
+        steps, states = step.update(directions, tuple(states), params)
+        return steps, (inner_state, *states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_by_an_angle(
+    learning_rate: Scalar, spheres: Spheres, radius: Radius
+) -> optax.GradientTransformationExtraArgs:
+    """Steps and states of chain(normalize, scale_by_learning_rate, retract), without its array x + q.
+
+    With q = -eta r n(d), ||x + q||^2 follows from <d, d>, <d, x> and <x, x>, one pass over the arrays.
+    """
+    rate, retraction = scale_by_learning_rate(learning_rate), Retraction(spheres, radius)
+
+    def init(params):
+        return optax.EmptyState(), rate.init(params), retraction.init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        normalize_state, rate_state, retract_state = state
+        groups = match_updates(spheres, updates, params).with_tangent_space()
+        products = compute_inner_products({"gg", "gx", "xx"}, groups, g=updates, x=params)
+        radii = groups.map_per_group(sqrt, products.xx)
+        factors = groups.map_per_group(compute_length_factor, radii, products.gg)
+        factors, rate_state = rate.update(groups.choose(factors, updates), rate_state)
+        steps, retract_state = retraction.update_multiple(
+            updates, factors, retract_state, params, products, groups
+        )
+        return steps, (normalize_state, rate_state, retract_state)
+
+    return optax.GradientTransformationExtraArgs(init, with_open_boxes(update))
 
 
 def adamh(

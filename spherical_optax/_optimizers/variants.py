@@ -2,7 +2,8 @@
 
 import functools
 
-from spherical_optax._optimizers.adam_variants import adam, adamg, adams, adamsrt, adamst
+from spherical_optax._optimizers.adam_variants import adam, adams, adamsrt, adamst
+from spherical_optax._optimizers.adamg import adamg
 from spherical_optax._optimizers.adamg_star import adamg_star
 from spherical_optax._optimizers.sgd_variants import sgd, sgd_mrt
 

@@ -13,7 +13,7 @@ from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match
 from spherical_optax._core.projection import remove_radial
 from spherical_optax._core.safe_math import divide_or_one, divide_or_zero, is_zero, sqrt, upcast
-from spherical_optax._core.shapes import OfArray, OfGroups, SpreadGroups
+from spherical_optax._core.shapes import OfArray, OfGroups, PerGroup, SpreadGroups
 from spherical_optax._core.sphere import Spheres
 from spherical_optax._core.trees import add_decay, as_dtype, mix, mix_arrays
 from spherical_optax._transforms.inner_products import InnerProducts
@@ -73,6 +73,32 @@ class Momentum:
             return {"xx"} if self.rescale else set()
         return {"mx", "xx"} if self.rescale else {"mx", "xx", "gx", "mm"}
 
+    def follow_products(
+        self, m: Any, kept: Any, products: InnerProducts, groups: Groups
+    ) -> InnerProducts:
+        """The inner products mm, mx and xx with the new momentum, transported without rescaling.
+
+        Eq. [19] is linear in m, g and x. Applied to their inner products with a vector, it is the inner
+        product of the new momentum with that vector.
+        """
+        kept = groups.read_state("kept", kept)
+        stretch = self._compute_stretch(m, kept, products, groups)
+        p = products
+
+        def move(m: Any, g: Any, x: Any) -> Any:
+            return groups.map_per_group(
+                functools.partial(first_moment, decay=self.decay, gain=self.gain),
+                *(m, g, x, p.mx, p.xx, stretch),
+            )
+
+        new_m, new_g, new_x = move(p.mm, p.gm, p.mx), move(p.gm, p.gg, p.gx), move(p.mx, p.gx, p.xx)
+        return InnerProducts(mm=move(new_m, new_g, new_x), mx=new_x, xx=p.xx)
+
+    def _compute_stretch(
+        self, m: Any, kept: Any, products: InnerProducts, groups: Groups
+    ) -> PerGroup:
+        return groups.map_per_group(_restore_length, products.mm, kept, products.mx, products.xx, m)
+
     @property
     def has_number_per_group(self) -> bool:
         """Whether the state holds one number per group."""
@@ -114,11 +140,11 @@ class Momentum:
             radial = groups.map_per_group(
                 functools.partial(_radial_part, l2=l2), products.gx, products.xx
             )
-            stretch = groups.map_per_group(
-                _restore_length, products.mm, kept, products.mx, products.xx, m
-            )
-            # The sum over the parameters has to come before they are overwritten: see `depend_on`.
+            stretch = self._compute_stretch(m, kept, products, groups)
+            # Sums over the old arrays have to come before these are overwritten: see `depend_on`.
             stretch = groups.map_per_group(depend_on, stretch, radial)
+            if products.gm is not None:
+                stretch = groups.map_per_group(depend_on, stretch, products.gm)
             m = groups.map_arrays(
                 move_on_spheres, m, g, x, products.mx, products.xx, stretch, off=average_off_spheres
             )

@@ -3,12 +3,14 @@
 from collections.abc import Set
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import optax
 
 from spherical_optax._core.arguments import require_params
 from spherical_optax._core.boxes import with_open_boxes
 from spherical_optax._core.groups import Groups
 from spherical_optax._core.matching import match_updates
+from spherical_optax._core.shapes import OfGroups
 from spherical_optax._core.sphere import Spheres
 
 
@@ -19,6 +21,7 @@ class InnerProducts(NamedTuple):
     """
 
     gg: Any = None  # <g, g>
+    gm: Any = None  # <g, m>
     gx: Any = None  # <g, x>
     xx: Any = None  # <x, x>
     mm: Any = None  # <m, m>
@@ -37,6 +40,15 @@ def compute_inner_products(
         left, right = name
         sums[name] = groups.sum(lambda a, b: a * b, trees[left], trees[right])
     return InnerProducts(**sums)
+
+
+def expand_square(aa: OfGroups, ab: OfGroups, bb: OfGroups, c: OfGroups) -> OfGroups:
+    """Computes ||a + c b||^2 as <a, a> + 2 c <a, b> + c^2 <b, b>.
+
+    A sum over a + c b would need this array in memory: on CPU, XLA does not fuse the addition into the
+    sum (JAX 0.10).
+    """
+    return jnp.maximum(aa + c * (2 * ab + c * bb), 0.0)
 
 
 class Block(Protocol):

@@ -204,6 +204,13 @@ class Ema:
     def update(
         self, updates: Any, state: EmaState, params: Any, products: InnerProducts, groups: Groups
     ) -> tuple[Any, EmaState]:
+        out, state = self.average(updates, state, params, products, groups)
+        return cast_like(out, params), state
+
+    def average(
+        self, updates: Any, state: EmaState, params: Any, products: InnerProducts, groups: Groups
+    ) -> tuple[Any, EmaState]:
+        """`update` before it is rounded to the dtypes of the parameters."""
         l2 = get_weight_decay(self.weight_decay, state.count)
         mu, kept = self.momentum.update(
             updates, state.ema, state.kept, params, l2, products, groups
@@ -214,7 +221,7 @@ class Ema:
             out = mix(add_decay(updates, params, l2), mu, self.decay, 1 - self.decay)
         out = drop_missing(updates, out)
         out = correct_bias(out, self.decay, count) if self.debias else out
-        return cast_like(out, params), EmaState(count, cast_like(mu, state.ema), kept)
+        return out, EmaState(count, cast_like(mu, state.ema), kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

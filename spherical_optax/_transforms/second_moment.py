@@ -33,7 +33,11 @@ from spherical_optax._core.trees import (
     mix_arrays,
     square_modulus,
 )
-from spherical_optax._transforms.inner_products import InnerProducts, to_transformation
+from spherical_optax._transforms.inner_products import (
+    InnerProducts,
+    expand_square,
+    to_transformation,
+)
 
 
 class RmsState(NamedTuple):
@@ -167,6 +171,15 @@ class Rms:
     def update(
         self, updates: Any, state: RmsState, params: Any, products: InnerProducts, groups: Groups
     ) -> tuple[Any, RmsState]:
+        out, state = self.average(updates, state, params, products, groups)
+        # `zeros_like` gives the result the sharding of the updates; `broadcast_to` would not.
+        out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
+        return cast_like(out, params), state
+
+    def average(
+        self, updates: Any, state: RmsState, params: Any, products: InnerProducts, groups: Groups
+    ) -> tuple[Any, RmsState]:
+        """`update` with one number per group on the spheres."""
         require_state(state, RmsState)
         l2 = get_weight_decay(self.weight_decay, state.count)
         count = optax.safe_increment(state.count)
@@ -189,9 +202,7 @@ class Rms:
         v = correct_bias(drop_missing(updates, v), self.decay, count)
         out = groups.map_per_group(_take_root, v, off=lambda v: None if v is None else jnp.sqrt(v))
         out = jax.tree.map(lambda b: b + as_dtype(self.eps, b.dtype), out)
-        # `zeros_like` gives the result the sharding of the updates; `broadcast_to` would not.
-        out = groups.map(lambda g, b: jnp.zeros_like(g) + b, updates, out, off=lambda _, b: b)
-        return cast_like(out, params), RmsState(count, cast_like(nu, before))
+        return out, RmsState(count, cast_like(nu, before))
 
     def compute_squares(
         self, g: Any, x: Any, l2: Any, products: InnerProducts, groups: Groups
@@ -200,23 +211,13 @@ class Rms:
         sums = products.gg
         if l2 is not None:
             sums = groups.map_per_group(
-                functools.partial(_expand_squared_length, l2=l2),
+                lambda gg, gx, xx: expand_square(gg, gx, xx, as_dtype(l2, gg.dtype)),
                 products.gg,
                 products.gx,
                 products.xx,
             )
         sums = groups.mean(sums) if self.reduce == "mean" else sums
         return groups.choose(sums, jax.tree.map(square_modulus, add_decay(g, x, l2)))
-
-
-def _expand_squared_length(gg: OfGroups, gx: OfGroups, xx: OfGroups, *, l2: Any) -> OfGroups:
-    """Computes ||g + lambda x||^2 as <g, g> + 2 lambda <g, x> + lambda^2 <x, x>.
-
-    A sum over g + lambda x would need this array in memory: on CPU, XLA does not fuse the addition into
-    the sum (JAX 0.10).
-    """
-    l2 = as_dtype(l2, gg.dtype)
-    return jnp.maximum(gg + l2 * (2 * gx + l2 * xx), 0.0)
 
 
 def _multiply_bounded(rr: OfGroups, v: OfGroups) -> OfGroups:
