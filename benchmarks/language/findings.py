@@ -1,0 +1,131 @@
+"""What a run of the command has found, as it is written to JSON, and in sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.language.grid import Search
+from benchmarks.language.methods import METHODS, REFERENCE, Cell
+from benchmarks.language.training import GROUPS, Record
+from benchmarks.reporting.differences import compare_all, write_pairs
+from benchmarks.reporting.intervals import Estimate, compute_std, estimate_mean
+from benchmarks.reporting.report import round_all
+
+
+class Outcome(NamedTuple):
+    """A method at its chosen cell: a record for every seed."""
+
+    name: str
+    search: Search
+    records: Sequence[Record]
+    seconds: float  # of all its runs, those of the grid included
+
+    @property
+    def cell(self) -> Cell:
+        return self.search.chosen
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The validation loss behind the last step, one number per seed."""
+        return np.array([record.validation[-1] for record in self.records])
+
+
+def describe(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    losses = {outcome.name: outcome.losses for outcome in outcomes}
+    # The best method has the smallest loss, and the largest gain.
+    pairs = compare_all({name: -values for name, values in losses.items()})
+    return {
+        "evaluated_after": outcomes[0].records[0].steps,
+        "methods": {outcome.name: describe_one(outcome, losses) for outcome in outcomes},
+        "pairs": [pair.to_json() for pair in pairs],
+        "verdict": [
+            write_pairs("Validation loss", pairs, get_label),
+            *write_against_reference(losses),
+            write_edges(outcomes),
+        ],
+    }
+
+
+def describe_one(outcome: Outcome, losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    method, records, own = METHODS[outcome.name], outcome.records, outcome.losses
+    reference = losses.get(REFERENCE) if outcome.name != REFERENCE else None
+    turns = {
+        name: {
+            quantity: describe_curve([getattr(record.turns[name], quantity) for record in records])
+            for quantity in records[0].turns[name]._fields
+        }
+        for name in GROUPS
+    }
+    return {
+        "label": method.label,
+        **outcome.cell._asdict(),
+        "rate_at_edge": method.is_rate_at_edge(outcome.cell),
+        "other_at_edge": method.is_other_at_edge(outcome.cell),
+        "loss": estimate_mean(own)._asdict(),
+        "loss_of_seeds": round_all(own),
+        "minus_reference": None if reference is None else estimate_mean(own - reference)._asdict(),
+        "seconds_per_run": float(np.median([record.seconds for record in records])),
+        "validation": describe_curve([record.validation for record in records]),
+        "training": describe_curve([record.training for record in records]),
+        "turns": turns,
+        "grid": outcome.search.to_json(),
+    }
+
+
+def describe_curve(curves: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Mean and standard deviation over the seeds, one number per evaluation."""
+    values = np.array(curves)
+    return {"mean": round_all(values.mean(0)), "std": round_all(compute_std(values))}
+
+
+# --- sentences --------------------------------------------------------------------------------
+
+
+def write_against_reference(losses: Mapping[str, np.ndarray]) -> list[str]:
+    """Which methods end below and above AdamW, by intervals that hold for all of them at once."""
+    others = [name for name in losses if name != REFERENCE]
+    if REFERENCE not in losses or not others:
+        return []
+    found = {name: estimate_mean(losses[name] - losses[REFERENCE], len(others)) for name in others}
+    told = {name: estimate for name, estimate in found.items() if estimate.excludes_zero()}
+    groups = {
+        "lower": [name for name, estimate in told.items() if estimate.mean < 0],
+        "higher": [name for name, estimate in told.items() if estimate.mean > 0],
+        "not told apart": [name for name in others if name not in told],
+    }
+    texts = [
+        f"{words}: {', '.join(f'{get_label(name)} ({write_estimate(found[name])})' for name in names)}"
+        for words, names in groups.items()
+        if names
+    ]
+    label = get_label(REFERENCE)
+    return [
+        f"Beside {label}, in nats per character, by intervals that hold for all {len(others)} at once "
+        f"with 95 %: {'; '.join(texts)}."
+        if len(others) > 1
+        else f"Beside {label}, in nats per character, with a 95 % interval: {texts[0]}."
+    ]
+
+
+def write_edges(outcomes: Sequence[Outcome]) -> str:
+    """Where a better number may lie outside of the grid."""
+    rates = [x.name for x in outcomes if METHODS[x.name].is_rate_at_edge(x.cell)]
+    others = [x.name for x in outcomes if METHODS[x.name].is_other_at_edge(x.cell)]
+    texts = [
+        f"{words} was chosen at the edge of its grid, so that a better value may lie outside, for "
+        f"{', '.join(map(get_label, names))}."
+        for words, names in (("The rate", rates), ("The decay or the ratio", others))
+        if names
+    ]
+    return " ".join(texts) or "No rate, decay or ratio was chosen at the edge of its grid."
+
+
+def write_estimate(estimate: Estimate) -> str:
+    # A single seed has no interval.
+    width = "" if np.isnan(estimate.halfwidth) else f" ± {estimate.halfwidth:.3f}"
+    return f"{estimate.mean:+.3f}{width}"
+
+
+def get_label(name: str) -> str:
+    return METHODS[name].label

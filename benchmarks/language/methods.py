@@ -1,0 +1,133 @@
+"""The optimizers that are compared, each with the numbers to choose from.
+
+Embedding, head and the gains of RMSNorm are called the others, beside the matrices of the blocks. Adam
+moves them in every method. Each method has a learning rate and one more number with three values, so
+that all get as many trials.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import spherical_optax as so
+
+DECAYS = (0.0, 0.1, 1.0)
+RATIOS = (0.25, 1.0, 4.0)
+REFERENCE = "adamw"
+
+
+class Cell(NamedTuple):
+    """A point of the grid. Numbers, or arrays inside a compiled program."""
+
+    learning_rate: Any
+    weight_decay: Any  # decoupled, times the rate, as in AdamW
+    ratio: Any  # of the rate of the others to that of the matrices
+
+
+class Spheres(NamedTuple):
+    measured: Any  # queries and keys, one group per head: the network is invariant there
+    declared: Any  # every matrix as a whole: a constraint
+
+
+class Method(NamedTuple):
+    label: str
+    # From a schedule of the learning rate, the decay, the ratio and the spheres.
+    make: Callable[[Any, Any, Any, Spheres], optax.GradientTransformation]
+    exponents: range  # of two: the rates of the grid
+    decays: tuple[float, ...] = (0.0,)
+    ratios: tuple[float, ...] = (1.0,)
+
+    def list_cells(self) -> list[Cell]:
+        return [
+            Cell(2.0**exponent, decay, ratio)
+            for decay in self.decays
+            for ratio in self.ratios
+            for exponent in self.exponents
+        ]
+
+    def is_rate_at_edge(self, cell: Cell) -> bool:
+        """Whether the rates of the grid end at this cell, so that a better one may lie outside."""
+        return cell.learning_rate in (2.0 ** self.exponents[0], 2.0 ** self.exponents[-1])
+
+    def is_other_at_edge(self, cell: Cell) -> bool:
+        """The same for the second number. No decay is an end that nothing lies beyond."""
+        return cell.weight_decay == max(DECAYS) or (
+            len(self.ratios) > 1 and cell.ratio in (min(self.ratios), max(self.ratios))
+        )
+
+
+def is_matrix(params: Any) -> Any:
+    """Where weight decay acts: embedding, head and matrices, not the gains."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def scale_others(ratio: Any, spheres: Any) -> optax.GradientTransformation:
+    """Multiplies the updates of what is on no sphere."""
+
+    def is_other(params: Any) -> Any:
+        return jax.tree.map(lambda on: not on, so.on_spheres(spheres)(params))
+
+    return optax.masked(optax.scale(ratio), is_other)
+
+
+def make_adamw(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
+    del ratio, spheres
+    return optax.adamw(rate, weight_decay=decay, mask=is_matrix)
+
+
+def make_adamsrt(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
+    """AdamW, with AdamSRT's direction in place of Adam's on the measured spheres.
+
+    `so.adamsrt` itself has L2 regularisation inside the gradient and no decoupled decay.
+    """
+    del ratio
+    on = spheres.measured
+    return optax.chain(
+        so.quotient(
+            so.ema(0.9, on, transport=True, rescale=True), so.rms(0.999, 1e-8, on, rescale=True)
+        ),
+        optax.add_decayed_weights(decay, is_matrix),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def make_adamh(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
+    del decay
+    return optax.chain(so.adamh(rate, spheres.declared), scale_others(ratio, spheres.declared))
+
+
+def make_muonh(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
+    del decay
+    return optax.chain(so.muonh(rate, spheres.declared), scale_others(ratio, spheres.declared))
+
+
+def make_decoupled(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
+    """Every matrix as a direction of fixed length, with a gain per column and one per row.
+
+    The gains move at the rate of the others.
+
+    Source: "magnitude-direction decoupling" (arXiv 2606.25971).
+    """
+    del decay
+    matrices = spheres.declared
+    direction = optax.chain(
+        optax.adam(rate), scale_others(ratio, matrices), so.retract(matrices, "initial")
+    )
+    columns, rows = (replace_spheres(matrices, so.Sphere(axes)) for axes in ((-1,), (0,)))
+    gains = optax.chain(optax.adam(rate), optax.scale(ratio))
+    return so.decouple(direction, gains, (columns, rows), phi=jax.nn.softplus)
+
+
+def replace_spheres(spheres: Any, by: so.Sphere) -> Any:
+    return jax.tree.map(lambda sphere: by if sphere else None, spheres, is_leaf=lambda x: x is None)
+
+
+METHODS = {
+    "adamw": Method("AdamW", make_adamw, range(-9, -3), decays=DECAYS),
+    "adamsrt": Method("AdamSRT", make_adamsrt, range(-9, -3), decays=DECAYS),
+    "adamh": Method("AdamH", make_adamh, range(-8, -2), ratios=RATIOS),
+    "muonh": Method("MuonH", make_muonh, range(-8, -2), ratios=RATIOS),
+    "decoupled": Method("decoupled", make_decoupled, range(-9, -3), ratios=RATIOS),
+}
