@@ -12,6 +12,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,17 @@ import jax
 from rich.console import Console
 
 from benchmarks.cli import Parser, add_dtype, at_least, write_options
+from benchmarks.language import grid
 from benchmarks.language.findings import Outcome, describe
-from benchmarks.language.grid import SEED as GRID_SEED
-from benchmarks.language.grid import Search
-from benchmarks.language.methods import METHODS, Spheres
+from benchmarks.language.methods import METHODS, Cell, Spheres
 from benchmarks.language.network import Sizes, init_params
 from benchmarks.language.picture import draw
 from benchmarks.language.runs import Job, Runs
 from benchmarks.language.spheres import declare_matrices, find_narrow_spheres
 from benchmarks.language.table import LOSS_HEADER, TURNS_HEADER, format_losses, format_turns
 from benchmarks.language.text import Corpus, load_corpus
-from benchmarks.language.training import Setting, Trainer
+from benchmarks.language.training import Record, Setting, Trainer
 from benchmarks.reporting import report, tables
-from benchmarks.reporting.progress import show_progress
 
 EVALUATIONS = 12
 DEFAULTS: dict[str, Any] = {
@@ -82,26 +81,33 @@ def run(args: Namespace, corpus: Corpus, folder: Path) -> list[Outcome]:
         "text": corpus.sha256,
         "device": jax.devices()[0].device_kind,
     }
-    runs, outcomes = Runs(folder, recipe), []
-    counts = [len(METHODS[name].list_cells()) + args.seeds for name in args.methods]
-    with show_progress(sum(counts)) as advance:
-        for name in args.methods:
-            trainer = Trainer(setting, METHODS[name], spheres)
+    runs, progress, outcomes = Runs(folder, recipe), Console(stderr=True), []
 
-            def train(job: Job, trainer: Trainer = trainer) -> Any:
-                return trainer.train(job.cell, job.seed, job.evaluations)
+    def say(job: Job, record: Record) -> None:
+        rate, decay, ratio = job.cell
+        progress.print(
+            f"{job.method}, rate {rate:g}, decay {decay:g}, ratio {ratio:g}, seed {job.seed}: "
+            f"loss {record.validation[-1]:.4f} in {record.seconds:.0f} s",
+            highlight=False,
+        )
 
-            def say(job: Job) -> None:
-                rate, decay, ratio = job.cell
-                advance(f"{job.method}: rate {rate:g}, decay {decay:g}, ratio {ratio:g}")
+    for name in args.methods:
+        trainer = Trainer(setting, METHODS[name], spheres)
+        complete = partial(runs.complete, train=trainer.train, finished=say)
+        seconds = list[float]()
 
-            cells = METHODS[name].list_cells()
-            searched = runs.complete([Job(name, cell, GRID_SEED, 1) for cell in cells], train, say)
-            search = Search(cells, [record.validation[-1] for record in searched])
-            jobs = [Job(name, search.chosen, seed, EVALUATIONS) for seed in range(args.seeds)]
-            records = runs.complete(jobs, train, say)
-            seconds = sum(record.seconds for record in (*searched, *records))
-            outcomes.append(Outcome(name, search, records, seconds))
+        def compute_losses(
+            cells: Sequence[Cell], name: str = name, complete: Any = complete, to: Any = seconds
+        ) -> list[float]:
+            records = complete([Job(name, cell, grid.SEED, 1) for cell in cells])
+            to.extend(record.seconds for record in records)
+            return [record.validation[-1] for record in records]
+
+        found = grid.search(METHODS[name], compute_losses)
+        jobs = [Job(name, found.chosen, seed, EVALUATIONS) for seed in range(args.seeds)]
+        records = complete(jobs)
+        seconds.extend(record.seconds for record in records)
+        outcomes.append(Outcome(name, found, records, sum(seconds)))
     return outcomes
 
 
@@ -131,7 +137,7 @@ def to_json(args: Namespace, corpus: Corpus, outcomes: Sequence[Outcome]) -> dic
         "batch": args.batch,
         "steps": args.steps,
         "seeds": list(range(args.seeds)),
-        "grid_seeds": [GRID_SEED],
+        "grid_seeds": [grid.SEED],
         "seconds_of_all_runs": sum(outcome.seconds for outcome in outcomes),
         **describe(outcomes),
     }

@@ -60,8 +60,7 @@ def describe_one(outcome: Outcome, losses: Mapping[str, np.ndarray]) -> dict[str
     return {
         "label": method.label,
         **outcome.cell._asdict(),
-        "rate_at_edge": method.is_rate_at_edge(outcome.cell),
-        "other_at_edge": method.is_other_at_edge(outcome.cell),
+        "at_edge": method.is_at_edge(outcome.cell),
         "loss": estimate_mean(own)._asdict(),
         "loss_of_seeds": round_all(own),
         "minus_reference": None if reference is None else estimate_mean(own - reference)._asdict(),
@@ -109,16 +108,14 @@ def write_against_reference(losses: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def write_edges(outcomes: Sequence[Outcome]) -> str:
-    """Where a better number may lie outside of the grid."""
-    rates = [x.name for x in outcomes if METHODS[x.name].is_rate_at_edge(x.cell)]
-    others = [x.name for x in outcomes if METHODS[x.name].is_other_at_edge(x.cell)]
-    texts = [
-        f"{words} was chosen at the edge of its grid, so that a better value may lie outside, for "
-        f"{', '.join(map(get_label, names))}."
-        for words, names in (("The rate", rates), ("The decay or the ratio", others))
-        if names
-    ]
-    return " ".join(texts) or "No rate, decay or ratio was chosen at the edge of its grid."
+    """Where a better number may lie outside. The rates go on until the best one is inside."""
+    names = [x.name for x in outcomes if METHODS[x.name].is_at_edge(x.cell)]
+    if not names:
+        return "No decay and no ratio was chosen at the edge of the three."
+    words = (
+        "The decay or the ratio was chosen at the edge of the three, so that a better one may lie"
+    )
+    return f"{words} outside: {', '.join(map(get_label, names))}."
 
 
 def write_estimate(estimate: Estimate) -> str:

@@ -1,8 +1,8 @@
 """The optimizers that are compared, each with the numbers to choose from.
 
 Embedding, head and the gains of RMSNorm are called the others, beside the matrices of the blocks. Adam
-moves them in every method. Each method has a learning rate and one more number with three values, so
-that all get as many trials.
+moves them in every method. Each method has a learning rate and one more number with three values to
+choose from: the decay, or the rate of the others as a multiple of the matrices'.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import spherical_optax as so
 
 DECAYS = (0.0, 0.1, 1.0)
 RATIOS = (0.25, 1.0, 4.0)
+LOWEST_RATE, HIGHEST_RATE = 2.0**-16, 1.0
 REFERENCE = "adamw"
 
 
@@ -35,27 +36,30 @@ class Method(NamedTuple):
     label: str
     # From a schedule of the learning rate, the decay, the ratio and the spheres.
     make: Callable[[Any, Any, Any, Spheres], optax.GradientTransformation]
-    exponents: range  # of two: the rates of the grid
+    exponents: range  # of two: the rates that are tried first, at the middle decay or ratio
     decays: tuple[float, ...] = (0.0,)
     ratios: tuple[float, ...] = (1.0,)
 
-    def list_cells(self) -> list[Cell]:
+    def list_first(self) -> list[Cell]:
+        decay, ratio = self.decays[len(self.decays) // 2], self.ratios[len(self.ratios) // 2]
+        return [Cell(2.0**exponent, decay, ratio) for exponent in self.exponents]
+
+    def list_beside(self, cell: Cell) -> list[Cell]:
+        """The cells with this rate, half of it or twice as much, at all decays or ratios."""
+        rates = (cell.learning_rate * factor for factor in (0.5, 1.0, 2.0))
         return [
-            Cell(2.0**exponent, decay, ratio)
+            Cell(rate, decay, ratio)
+            for rate in rates
+            if LOWEST_RATE <= rate <= HIGHEST_RATE
             for decay in self.decays
             for ratio in self.ratios
-            for exponent in self.exponents
         ]
 
-    def is_rate_at_edge(self, cell: Cell) -> bool:
-        """Whether the rates of the grid end at this cell, so that a better one may lie outside."""
-        return cell.learning_rate in (2.0 ** self.exponents[0], 2.0 ** self.exponents[-1])
-
-    def is_other_at_edge(self, cell: Cell) -> bool:
-        """The same for the second number. No decay is an end that nothing lies beyond."""
-        return cell.weight_decay == max(DECAYS) or (
-            len(self.ratios) > 1 and cell.ratio in (min(self.ratios), max(self.ratios))
-        )
+    def is_at_edge(self, cell: Cell) -> bool:
+        """Whether a better decay or ratio may lie outside. No decay is an end that nothing is beyond."""
+        largest_decay = len(self.decays) > 1 and cell.weight_decay == max(self.decays)
+        edges = min(self.ratios), max(self.ratios)
+        return largest_decay or (len(self.ratios) > 1 and cell.ratio in edges)
 
 
 def is_matrix(params: Any) -> Any:
@@ -125,9 +129,9 @@ def replace_spheres(spheres: Any, by: so.Sphere) -> Any:
 
 
 METHODS = {
-    "adamw": Method("AdamW", make_adamw, range(-9, -3), decays=DECAYS),
-    "adamsrt": Method("AdamSRT", make_adamsrt, range(-9, -3), decays=DECAYS),
-    "adamh": Method("AdamH", make_adamh, range(-8, -2), ratios=RATIOS),
-    "muonh": Method("MuonH", make_muonh, range(-8, -2), ratios=RATIOS),
-    "decoupled": Method("decoupled", make_decoupled, range(-9, -3), ratios=RATIOS),
+    "adamw": Method("AdamW", make_adamw, range(-8, -4), decays=DECAYS),
+    "adamsrt": Method("AdamSRT", make_adamsrt, range(-8, -4), decays=DECAYS),
+    "adamh": Method("AdamH", make_adamh, range(-7, -3), ratios=RATIOS),
+    "muonh": Method("MuonH", make_muonh, range(-7, -3), ratios=RATIOS),
+    "decoupled": Method("decoupled", make_decoupled, range(-8, -4), ratios=RATIOS),
 }

@@ -37,7 +37,10 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def complete(
-        self, jobs: Sequence[Job], train: Callable[[Job], Record], finished: Callable[[Job], None]
+        self,
+        jobs: Sequence[Job],
+        train: Callable[[Cell, int, int], Record],
+        finished: Callable[[Job, Record], None],
     ) -> list[Record]:
         """The records of all jobs. What another process has begun is waited for."""
         found = dict[Job, Record]()
@@ -45,12 +48,12 @@ class Runs:
             for job in jobs:
                 if job not in found and (record := self._read_or_train(job, train)):
                     found[job] = record
-                    finished(job)
+                    finished(job, record)
             if len(found) == len(jobs):
                 return [found[job] for job in jobs]
             time.sleep(POLL)
 
-    def _read_or_train(self, job: Job, train: Callable[[Job], Record]) -> Record | None:
+    def _read_or_train(self, job: Job, train: Callable[[Cell, int, int], Record]) -> Record | None:
         """None if another process has the run."""
         path = self.folder / f"{self.make_name(job)}.json"
         if record := read_record(path):
@@ -59,7 +62,7 @@ class Runs:
             with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
                 if record := read_record(path):
                     return record
-                record = train(job)
+                record = train(job.cell, job.seed, job.evaluations)
                 content = self.describe(job) | {"record": record._asdict()}
                 content["record"]["turns"] = {
                     name: turn._asdict() for name, turn in record.turns.items()

@@ -82,7 +82,7 @@ def make_grid_header(methods: Methods) -> tuple[str, ...]:
 
 
 def format_grid(methods: Methods) -> list[tuple[str, ...]]:
-    """A row for each method and decay or ratio: every rate with its loss, the chosen one bold."""
+    """A row for each method and decay or ratio: the rates with their losses, the chosen one bold."""
     rows, width = [], len(make_grid_header(methods))
     for row in methods.values():
         seconds = dict.fromkeys((cell["weight_decay"], cell["ratio"]) for cell in row["grid"])
