@@ -114,6 +114,16 @@ def test_no_logit_depends_on_a_later_character(params):
     assert (np.abs(first[:, place:] - second[:, place:]).max(-1) > 1e-4).all()
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_activations_in_bfloat16_change_the_logits_by_their_rounding_alone(params):
+    x = jax.random.randint(jax.random.key(1), (3, SIZES.context), 0, SIZES.characters)
+    low = network.predict(params, x, SIZES._replace(dtype="bfloat16"))
+    exact = np.asarray(network.predict(params, x, SIZES))
+    assert low.dtype == jnp.float32
+    deviation = np.abs(np.asarray(low) - exact).max() / np.abs(exact).max()
+    assert 1e-4 < deviation < 0.03
+
+
 def test_scores_depend_on_the_distance_alone():
     one, other = jax.random.normal(jax.random.key(0), (2, 8))
     tiled = jnp.tile(one, (1, 6, 1, 1)), jnp.tile(other, (1, 6, 1, 1))

@@ -16,6 +16,7 @@ import spherical_optax as so
 DECAYS = (0.0, 0.1, 1.0)
 RATIOS = (0.25, 1.0, 4.0)
 LOWEST_RATE, HIGHEST_RATE = 2.0**-16, 1.0
+B1, B2, EPSILON = 0.9, 0.999, 1e-8  # the defaults of all optimizers here
 REFERENCE = "adamw"
 
 
@@ -88,10 +89,10 @@ def make_adamsrt(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
     """
     del ratio
     on = spheres.measured
+    a = so.ema(B1, on, transport=True, rescale=True)
+    b = so.rms(B2, EPSILON, on, rescale=True)
     return optax.chain(
-        so.quotient(
-            so.ema(0.9, on, transport=True, rescale=True), so.rms(0.999, 1e-8, on, rescale=True)
-        ),
+        so.quotient(a, b),
         optax.add_decayed_weights(decay, is_matrix),
         optax.scale_by_learning_rate(rate),
     )
