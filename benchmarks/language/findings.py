@@ -86,36 +86,30 @@ def write_against_reference(losses: Mapping[str, np.ndarray]) -> list[str]:
     others = [name for name in losses if name != REFERENCE]
     if REFERENCE not in losses or not others:
         return []
+    label = get_label(REFERENCE)
     found = {name: estimate_mean(losses[name] - losses[REFERENCE], len(others)) for name in others}
     told = {name: estimate for name, estimate in found.items() if estimate.excludes_zero()}
     groups = {
-        "lower": [name for name, estimate in told.items() if estimate.mean < 0],
-        "higher": [name for name, estimate in told.items() if estimate.mean > 0],
-        "not told apart": [name for name in others if name not in told],
+        f"Lower than {label}": [name for name, estimate in told.items() if estimate.mean < 0],
+        f"Higher than {label}": [name for name, estimate in told.items() if estimate.mean > 0],
+        f"Not told apart from {label}": [name for name in others if name not in told],
     }
     texts = [
-        f"{words}: {', '.join(f'{get_label(name)} ({write_estimate(found[name])})' for name in names)}"
+        f"{words}: {', '.join(f'{get_label(name)} ({write_estimate(found[name])})' for name in names)}."
         for words, names in groups.items()
         if names
     ]
-    label = get_label(REFERENCE)
-    return [
-        f"Beside {label}, in nats per character, by intervals that hold for all {len(others)} at once "
-        f"with 95 %: {'; '.join(texts)}."
-        if len(others) > 1
-        else f"Beside {label}, in nats per character, with a 95 % interval: {texts[0]}."
-    ]
+    scope = f"that hold for all {len(others)} at once" if len(others) > 1 else "of the difference"
+    return [f"{' '.join(texts)} In nats per character, with 95 % intervals {scope}."]
 
 
 def write_edges(outcomes: Sequence[Outcome]) -> str:
-    """Where a better number may lie outside. The rates go on until the best one is inside."""
+    """Where a better decay may lie outside. Rates and ratios go on until the best one is inside."""
     names = [x.name for x in outcomes if METHODS[x.name].is_at_edge(x.cell)]
     if not names:
-        return "No decay and no ratio was chosen at the edge of the three."
-    words = (
-        "The decay or the ratio was chosen at the edge of the three, so that a better one may lie"
-    )
-    return f"{words} outside: {', '.join(map(get_label, names))}."
+        return "No decay was chosen at the edge."
+    words = "The largest decay was chosen, so that a better one may lie outside, for"
+    return f"{words} {', '.join(map(get_label, names))}."
 
 
 def write_estimate(estimate: Estimate) -> str:

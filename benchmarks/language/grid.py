@@ -30,7 +30,8 @@ class Search(NamedTuple):
 def search(method: Method, compute_losses: Callable[[Sequence[Cell]], Sequence[float]]) -> Search:
     """Some rates at first; then all cells beside the best one, until none of these is better.
 
-    What is beside it has half the rate, the same or twice as much, and any decay or ratio.
+    What is beside it has half the rate, the same or twice as much, and any decay, or a quarter of the
+    ratio, the same or four times as much.
     """
     found, wanted = dict[Cell, float](), method.list_first()
     while wanted:

@@ -1,8 +1,8 @@
 """The optimizers that are compared, each with the numbers to choose from.
 
 Embedding, head and the gains of RMSNorm are called the others, beside the matrices of the blocks. Adam
-moves them in every method. Each method has a learning rate and one more number with three values to
-choose from: the decay, or the rate of the others as a multiple of the matrices'.
+moves them in every method. Each method has a learning rate and one more number to choose: the decay, or
+the ratio of the rate of the others to that of the matrices.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,9 @@ import optax
 import spherical_optax as so
 
 DECAYS = (0.0, 0.1, 1.0)
-RATIOS = (0.25, 1.0, 4.0)
-LOWEST_RATE, HIGHEST_RATE = 2.0**-16, 1.0
+USUAL_DECAY = 0.1
+RATIO = 1.0  # with which the search begins
+LOWEST = 2.0**-16  # of rates and ratios, where a search that finds no end is given up
 B1, B2, EPSILON = 0.9, 0.999, 1e-8  # the defaults of all optimizers here
 REFERENCE = "adamw"
 
@@ -37,30 +38,30 @@ class Method(NamedTuple):
     label: str
     # From a schedule of the learning rate, the decay, the ratio and the spheres.
     make: Callable[[Any, Any, Any, Spheres], optax.GradientTransformation]
-    exponents: range  # of two: the rates that are tried first, at the middle decay or ratio
+    exponents: range  # of two: the rates that are tried first, with the middle decay and RATIO
     decays: tuple[float, ...] = (0.0,)
-    ratios: tuple[float, ...] = (1.0,)
+    has_ratio: bool = False
 
     def list_first(self) -> list[Cell]:
-        decay, ratio = self.decays[len(self.decays) // 2], self.ratios[len(self.ratios) // 2]
-        return [Cell(2.0**exponent, decay, ratio) for exponent in self.exponents]
+        decay = self.decays[len(self.decays) // 2]
+        return [Cell(2.0**exponent, decay, RATIO) for exponent in self.exponents]
 
     def list_beside(self, cell: Cell) -> list[Cell]:
-        """The cells with this rate, half of it or twice as much, at all decays or ratios."""
-        rates = (cell.learning_rate * factor for factor in (0.5, 1.0, 2.0))
+        """Half the rate, the same or twice as much, each with all decays or the ratios beside."""
+        rates = [cell.learning_rate * factor for factor in (0.5, 1.0, 2.0)]
+        ratios = [cell.ratio * factor for factor in (0.25, 1.0, 4.0)]
         return [
             Cell(rate, decay, ratio)
             for rate in rates
-            if LOWEST_RATE <= rate <= HIGHEST_RATE
+            if LOWEST <= rate <= 1
             for decay in self.decays
-            for ratio in self.ratios
+            for ratio in (ratios if self.has_ratio else (RATIO,))
+            if LOWEST <= ratio <= 1 / LOWEST
         ]
 
     def is_at_edge(self, cell: Cell) -> bool:
-        """Whether a better decay or ratio may lie outside. No decay is an end that nothing is beyond."""
-        largest_decay = len(self.decays) > 1 and cell.weight_decay == max(self.decays)
-        edges = min(self.ratios), max(self.ratios)
-        return largest_decay or (len(self.ratios) > 1 and cell.ratio in edges)
+        """Whether a larger decay may be better: the rates and ratios have no edge."""
+        return len(self.decays) > 1 and cell.weight_decay == max(self.decays)
 
 
 def is_matrix(params: Any) -> Any:
@@ -80,6 +81,13 @@ def scale_others(ratio: Any, spheres: Any) -> optax.GradientTransformation:
 def make_adamw(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
     del ratio, spheres
     return optax.adamw(rate, weight_decay=decay, mask=is_matrix)
+
+
+def make_adamw_of_two_rates(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
+    """AdamW with a rate of their own for the others, as the methods below have it."""
+    return optax.chain(
+        make_adamw(rate, decay, ratio, spheres), scale_others(ratio, spheres.declared)
+    )
 
 
 def make_adamsrt(rate: Any, decay: Any, ratio: Any, spheres: Spheres) -> Any:
@@ -131,8 +139,15 @@ def replace_spheres(spheres: Any, by: so.Sphere) -> Any:
 
 METHODS = {
     "adamw": Method("AdamW", make_adamw, range(-8, -4), decays=DECAYS),
+    "adamw-ratio": Method(
+        "AdamW, two rates",
+        make_adamw_of_two_rates,
+        range(-8, -4),
+        decays=(USUAL_DECAY,),
+        has_ratio=True,
+    ),
     "adamsrt": Method("AdamSRT", make_adamsrt, range(-8, -4), decays=DECAYS),
-    "adamh": Method("AdamH", make_adamh, range(-7, -3), ratios=RATIOS),
-    "muonh": Method("MuonH", make_muonh, range(-7, -3), ratios=RATIOS),
-    "decoupled": Method("decoupled", make_decoupled, range(-8, -4), ratios=RATIOS),
+    "adamh": Method("AdamH", make_adamh, range(-7, -3), has_ratio=True),
+    "muonh": Method("MuonH", make_muonh, range(-7, -3), has_ratio=True),
+    "decoupled": Method("decoupled", make_decoupled, range(-8, -4), has_ratio=True),
 }

@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.language.table import GROUP_NAMES, Methods
-from benchmarks.reporting.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE
+from benchmarks.reporting.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE
 
 STYLES: Mapping[str, tuple[str, Any]] = {
     "adamw": (BLACK, "-"),
+    "adamw-ratio": (SKY_BLUE, "-"),
     "adamsrt": (PURPLE, "--"),  # close to AdamW's line, which stays visible below
     "adamh": (GREEN, "-"),
     "muonh": (BLUE, "-"),
@@ -44,7 +45,7 @@ def draw(methods: Methods, stops: Sequence[int], title: str, path: Path) -> None
             draw_curves(axes, curves, methods, middles, steps > 0, unit)
             axes.set(xlabel="step", ylabel=label, yscale="log", title=name_group(group))
     handles, labels = whole.get_legend_handles_labels()
-    options = {"ncols": 5, "frameon": False, "handlelength": 3}
+    options = {"ncols": 6, "frameon": False, "handlelength": 3}
     figure.legend(handles, labels, loc="outside lower center", **options)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=150)

@@ -17,8 +17,8 @@ LOSS_HEADER = (
     f"minus {METHODS[REFERENCE].label}",
     "s per run",
 )
-TURNS_HEADER = ("method", "matrices", "radius", "angle, mrad", "effective rate, 1e-3")
-GROUP_NAMES = {"normalised": "queries and keys, by head", "others": "the others, whole"}
+TURNS_HEADER = ("method", "matrices", "radius", "angle, mrad", "rate, 1e-3")
+GROUP_NAMES = {"normalised": "queries, keys", "others": "others"}
 Methods = Mapping[str, Mapping[str, Any]]  # as in the result file
 
 
