@@ -160,7 +160,8 @@ def print_findings(console: Console, content: dict[str, Any]) -> None:
     title = f"{title}\nValidation loss in nats per character, with 95 % intervals"
     console.print(tables.to_rich(LOSS_HEADER, format_losses(methods), title))
     title = (
-        "Queries and keys by head, and the other matrices: medians, from the first part to the last"
+        "Queries and keys by head, the other matrices whole: radius, angle per step and\n"
+        "effective rate, medians, from the end of the warm-up to the last steps"
     )
     console.print(tables.to_rich(TURNS_HEADER, format_turns(methods), title, words=2))
     for sentence in content["verdict"]:

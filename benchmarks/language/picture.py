@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.language.table import GROUP_NAMES, Methods
+from benchmarks.language.table import Methods
 from benchmarks.reporting.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE
 
 STYLES: Mapping[str, tuple[str, Any]] = {
@@ -20,9 +21,10 @@ STYLES: Mapping[str, tuple[str, Any]] = {
     "decoupled": (ORANGE, "-"),
 }
 PANELS = {
-    "effective_lr": ("effective rate", 1.0),
+    "effective_lr": ("effective rate, 1e-3", 1e3),
     "angle": ("angle per step, mrad", 1e3),
 }
+TITLES = {"normalised": "Queries and keys, by head", "others": "The other matrices"}
 LATE = 0.6  # of the steps, from where the loss is drawn once more
 
 
@@ -39,11 +41,14 @@ def draw(methods: Methods, stops: Sequence[int], title: str, path: Path) -> None
     whole.set(title="Validation loss")
     late.set(title="The same, late")
     middles = (steps + np.array([0, *stops[:-1]])) / 2
-    for group, row in zip(GROUP_NAMES, (above, below), strict=True):
+    for group, row in zip(TITLES, (above, below), strict=True):
         for axes, (quantity, (label, unit)) in zip(row, PANELS.items(), strict=True):
             curves = {name: m["turns"][group][quantity] for name, m in methods.items()}
             draw_curves(axes, curves, methods, middles, steps > 0, unit)
-            axes.set(xlabel="step", ylabel=label, yscale="log", title=name_group(group))
+            axes.set(xlabel="step", ylabel=label, yscale="log", title=TITLES[group])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
     handles, labels = whole.get_legend_handles_labels()
     options = {"ncols": 6, "frameon": False, "handlelength": 3}
     figure.legend(handles, labels, loc="outside lower center", **options)
@@ -66,7 +71,3 @@ def draw_curves(
         axes.plot(steps[where], mean, ls=dashes, color=color, lw=1.6, label=methods[name]["label"])
         axes.fill_between(steps[where], mean - std, mean + std, color=color, alpha=0.12, lw=0)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def name_group(group: str) -> str:
-    return {"normalised": "Queries and keys, by head", "others": "The other matrices"}[group]
