@@ -140,7 +140,7 @@ def replace_spheres(spheres: Any, by: so.Sphere) -> Any:
 METHODS = {
     "adamw": Method("AdamW", make_adamw, range(-8, -4), decays=DECAYS),
     "adamw-ratio": Method(
-        "AdamW, two rates",
+        "AdamW with two rates",
         make_adamw_of_two_rates,
         range(-8, -4),
         decays=(USUAL_DECAY,),

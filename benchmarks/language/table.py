@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.language.methods import METHODS, REFERENCE
+from benchmarks.language.methods import METHODS, RATIO, REFERENCE
 from benchmarks.reporting.tables import format_ends
 
 LOSS_HEADER = (
@@ -15,10 +15,10 @@ LOSS_HEADER = (
     "ratio",
     "validation loss",
     f"minus {METHODS[REFERENCE].label}",
-    "s per run",
 )
 TURNS_HEADER = ("method", "matrices", "radius", "angle, mrad", "rate, 1e-3")
 GROUP_NAMES = {"normalised": "queries, keys", "others": "others"}
+NEUTRAL = {"weight_decay": 0.0, "ratio": RATIO}
 Methods = Mapping[str, Mapping[str, Any]]  # as in the result file
 
 
@@ -31,7 +31,6 @@ def format_losses(methods: Methods) -> list[tuple[str, ...]]:
             format_optional(row, "ratio"),
             format_loss(row["loss"]),
             format_loss(row["minus_reference"], "+"),
-            f"{row['seconds_per_run']:.0f}",
         )
         for row in methods.values()
     ]
@@ -45,7 +44,7 @@ def format_turns(methods: Methods) -> list[tuple[str, ...]]:
             GROUP_NAMES[group],
             format_ends(turns["radius"], "#.3g", first=find_peak(turns)),
             format_ends(turns["angle"], "#.2g", 1e3, find_peak(turns)),
-            format_ends(turns["effective_lr"], "#.2g", 1e3, find_peak(turns)),
+            format_ends(turns["effective_lr"], "#.3g", 1e3, find_peak(turns)),
         )
         for row in methods.values()
         for group, turns in row["turns"].items()
@@ -71,9 +70,9 @@ def format_power(rate: float) -> str:
 
 
 def format_optional(row: Mapping[str, Any], number: str) -> str:
-    """The decay or the ratio of a method, and a dash if its grid has a single value of it."""
-    has_choice = len({cell[number] for cell in row["grid"]}) > 1
-    return f"{row[number]:g}" if has_choice else "-"
+    """The decay or the ratio of a method, and a dash if it has none."""
+    has_one = {cell[number] for cell in row["grid"]} != {NEUTRAL[number]}
+    return f"{row[number]:g}" if has_one else "-"
 
 
 def make_grid_header(methods: Methods) -> tuple[str, ...]:
