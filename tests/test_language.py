@@ -313,11 +313,11 @@ def test_all_methods_see_the_same_weights_and_batches(both_spheres, corpus):
     """At a rate of zero the losses tell nothing but weights and batches."""
     still = CELL._replace(learning_rate=0.0)
     found = {}
-    for name in ("adamw", "muonh"):
+    for name in ("adamw", "adamh"):
         trainer = make_trainer(name, both_spheres, corpus)
         found[name] = [trainer.train(still, seed, STEPS).training for seed in (1, 2)]
     np.testing.assert_allclose(*found.values(), rtol=1e-5)
-    one, other = found["muonh"]
+    one, other = found["adamh"]
     assert np.abs(np.subtract(one, other)).max() > 0.01
     assert len({round(loss, 5) for loss in one}) == STEPS  # no batch twice
 
