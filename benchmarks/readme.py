@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import kernels, precision, speed, throughput
 from benchmarks.gpu import predictions
+from benchmarks.language import table as language
 from benchmarks.plasticity import table as plasticity
 from benchmarks.reporting import figures
 from benchmarks.reporting.significance import write_verdict
@@ -135,6 +136,32 @@ def write_transfer(folder: Path = RESULTS) -> Iterator[str]:
     yield "Training loss and, in brackets, validation accuracy in per cent at the best rate of the grid:"
     yield to_markdown(transfer.make_losses_header(methods), transfer.format_losses(methods))
     yield "![Training loss over the learning rate at every width](results/transfer.png)"
+
+
+def write_language(folder: Path = RESULTS) -> Iterator[str]:
+    content = read_json(folder / "language.json")
+    methods, text, environment = content["methods"], content["text"], content["environment"]
+    yield (
+        f"`{content['command']}`; device: {environment['device']}, Python {environment['python']}. "
+        f"{text['training_characters']:,} characters to train on, "
+        f"{text['validation_characters']:,} held out, {text['different_characters']} different ones; "
+        f"SHA-256 `{text['sha256'][:16]}…`. {content['parameters']:,} parameters, "
+        f"{content['steps']} steps of {content['batch']} windows of {content['context']} characters, "
+        f"seeds: {len(content['seeds'])}; {content['seconds_of_all_runs'] / 60:.0f} minutes of runs "
+        "added up. Validation loss behind the last step in nats per character with 95 % intervals "
+        "over the seeds, and of the differences from AdamW, seed by seed:"
+    )
+    yield to_markdown(language.LOSS_HEADER, language.format_losses(methods))
+    yield " ".join(content["verdict"])
+    yield (
+        "Medians over the groups, means over the seeds and over the steps of a part of the run, from "
+        "the part in which the warm-up ends to the last one:"
+    )
+    yield to_markdown(language.TURNS_HEADER, language.format_turns(methods))
+    yield "![Validation loss, effective rate and angle per step](results/language.png)"
+    seeds = ", ".join(map(str, content["grid_seeds"]))
+    yield f"What was tried, with the validation loss behind the last step, seed {seeds}:"
+    yield to_markdown(language.make_grid_header(methods), language.format_grid(methods))
 
 
 def write_throughput(folder: Path = RESULTS) -> Iterator[str]:
@@ -274,6 +301,7 @@ PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
         "later": write_since_the_paper,
         "plasticity": write_plasticity,
         "transfer": write_transfer,
+        "language": write_language,
         "throughput": write_throughput,
         "speed": write_speed,
         "kernels": write_kernels,

@@ -23,7 +23,7 @@ from benchmarks.plasticity import (
     tasks,
     training,
 )
-from benchmarks.reporting import intervals
+from benchmarks.reporting import differences, intervals
 
 from .command_line import expect_one_error_line
 
@@ -198,7 +198,7 @@ def test_differences_are_taken_seed_by_seed():
     of_seeds = np.random.default_rng(0).normal(size=10)
     noise = 0.01 * np.random.default_rng(1).normal(size=(2, 10))
     values = {"a": of_seeds, "b": 0.1 + of_seeds + noise[0], "c": of_seeds - 0.1 + noise[1]}
-    pairs = statistics.compare_all(values)
+    pairs = differences.compare_all(values)
     assert [(pair.ahead, pair.behind) for pair in pairs] == [("b", "a"), ("b", "c"), ("a", "c")]
     expected = stats.ttest_rel(values["b"], values["a"]).confidence_interval(0.95)
     mean, halfwidth = pairs[0].estimate
@@ -211,13 +211,16 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_pairs_that_are_not_told_apart_are_named():
     def make(mean, halfwidth):
-        estimate = statistics.Estimate(mean, halfwidth)
-        return statistics.Difference("adamh", "adam", estimate, estimate)
+        estimate = intervals.Estimate(mean, halfwidth)
+        return differences.Difference("adamh", "adam", estimate, estimate)
 
-    text = findings.write_pairs([make(0.2, 0.1), make(0.1, 0.2)])
+    def write(pairs):
+        return differences.write_pairs("Last tasks", pairs, findings.get_label)
+
+    text = write([make(0.2, 0.1), make(0.1, 0.2)])
     assert "1 of the 2 pairs" in text
     assert "Not told apart: AdamH and Adam." in text
-    assert "Not told apart" not in findings.write_pairs([make(0.2, 0.1)])
+    assert "Not told apart" not in write([make(0.2, 0.1)])
 
 
 def test_the_cell_with_the_highest_mean_is_chosen():

@@ -1,6 +1,5 @@
 """What a run of the command has found, as it is written to JSON, and in sentences."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,13 +7,10 @@ import numpy as np
 
 from benchmarks.plasticity.grid import Search
 from benchmarks.plasticity.methods import METHODS, REFERENCE, Cell
-from benchmarks.plasticity.statistics import (
-    Difference,
-    average_last_tasks,
-    compare_all,
-)
+from benchmarks.plasticity.statistics import average_last_tasks
 from benchmarks.plasticity.training import Curves
-from benchmarks.reporting.intervals import estimate_mean
+from benchmarks.reporting.differences import compare_all, write_pairs
+from benchmarks.reporting.intervals import compute_std, estimate_mean
 from benchmarks.reporting.report import round_all
 
 
@@ -36,17 +32,12 @@ def describe(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     pairs = compare_all(last)
     return {
         "methods": {name: describe_one(name, outcomes[name], last) for name in outcomes},
-        "pairs": [
-            {
-                "ahead": pair.ahead,
-                "behind": pair.behind,
-                **pair.estimate._asdict(),
-                "halfwidth_for_all_pairs_at_once": pair.among_all.halfwidth,
-                "told_apart": pair.is_told_apart(),
-            }
-            for pair in pairs
+        "pairs": [pair.to_json() for pair in pairs],
+        "verdict": [
+            write_pairs("Last tasks", pairs, get_label),
+            write_losses(outcomes),
+            write_edges(outcomes),
         ],
-        "verdict": [write_pairs(pairs), write_losses(outcomes), write_edges(outcomes)],
     }
 
 
@@ -71,24 +62,7 @@ def describe_one(name: str, outcome: Outcome, last: Mapping[str, np.ndarray]) ->
     }
 
 
-def compute_std(values: np.ndarray) -> np.ndarray:
-    """Over the seeds, of the sample; NaN with a single seed."""
-    return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)
-
-
 # --- sentences --------------------------------------------------------------------------------
-
-
-def write_pairs(pairs: Sequence[Difference]) -> str:
-    if not pairs:
-        return "One method alone: nothing to compare."
-    level = [pair for pair in pairs if not pair.is_told_apart()]
-    text = (
-        f"Last tasks: {len(pairs) - len(level)} of the {len(pairs)} pairs of methods are told apart by "
-        "intervals of their differences that hold for all pairs at once with 95 %."
-    )
-    names = "; ".join(f"{get_label(p.ahead)} and {get_label(p.behind)}" for p in level)
-    return f"{text} Not told apart: {names}." if level else text
 
 
 def write_losses(outcomes: Mapping[str, Outcome]) -> str:

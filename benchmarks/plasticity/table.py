@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.reporting.tables import format_ends
+
 ACCURACY_HEADER = (
     "method",
     "rate",
@@ -52,14 +54,6 @@ def format_percent(estimate: Mapping[str, float | None] | None, sign: str = "") 
     # A single seed has no interval.
     width = "" if halfwidth is None or np.isnan(halfwidth) else f" ± {100 * halfwidth:.1f}"
     return f"{100 * mean:{sign}.1f}{width}"
-
-
-def format_ends(curve: Mapping[str, Any], digits: str, unit: float = 1.0) -> str:
-    first, last = curve["mean"][0], curve["mean"][-1]
-    if first is None or last is None or np.isnan(first) or np.isnan(last):
-        return "-"
-    texts = (format(unit * value, digits).removesuffix(".") for value in (first, last))
-    return " → ".join(texts)
 
 
 def format_grid(methods: Methods) -> list[tuple[str, ...]]:

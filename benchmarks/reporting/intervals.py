@@ -30,3 +30,8 @@ def estimate_mean(values: np.ndarray, intervals: int = 1) -> Estimate:
     error = np.std(values, ddof=1) / math.sqrt(count)
     quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * intervals), count - 1)
     return Estimate(mean, float(quantile * error))
+
+
+def compute_std(values: np.ndarray) -> np.ndarray:
+    """Over the seeds, the first axis, of the sample; NaN with a single seed."""
+    return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)

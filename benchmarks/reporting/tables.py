@@ -1,7 +1,9 @@
 """Tables for a terminal and for a Markdown page, both from a header and rows of texts."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
@@ -43,3 +45,12 @@ def to_rich(
 def to_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_ends(curve: Mapping[str, Any], digits: str, unit: float = 1.0, first: int = 0) -> str:
+    """From where to where the mean of a curve goes: a dash where it is not known."""
+    begin, end = curve["mean"][first], curve["mean"][-1]
+    if begin is None or end is None or np.isnan(begin) or np.isnan(end):
+        return "-"
+    texts = (format(unit * value, digits).removesuffix(".") for value in (begin, end))
+    return " → ".join(texts)
