@@ -1,6 +1,7 @@
 """The simulation of large networks: what is sent, how tracing grows, how much memory discovery takes."""
 
 import cProfile
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,9 +16,10 @@ from benchmarks.measuring.collectives import count_collectives
 from benchmarks.scale import __main__ as command
 from benchmarks.scale import cases, finding, networks, sharded, table, transformer
 from benchmarks.scale.optimizers import OPTIMIZERS, REFERENCE, make_step
-from spherical_optax._discovery import portions
+from spherical_optax._discovery import portions, radial_sums, random_points
 
 from .command_line import expect_one_error_line
+from .compiling import usual_jit
 
 PROGRAM = """\
 HloModule jit_step
@@ -135,12 +137,12 @@ def test_adamw_sends_nothing(two_layers):
 
 
 def test_a_sum_over_a_sharded_axis_is_all_that_is_sent(two_layers):
-    """Of every kernel AdamSRT sends three numbers per output, and AdamH five per matrix."""
+    """Of every kernel AdamSRT sends three numbers per output, and AdamH ten per matrix."""
     adamsrt, adamh = two_layers["so.adamsrt"], two_layers["so.adamh"]
     outputs = 3 * 4096 // 4 + 4096 // 16 + 2 * 11008 // 4 + 4096 // 16  # of a layer, on one device
     assert adamsrt["collective_arrays"] == {"all-reduce": 2 * 3 * 7}
     assert adamsrt["collective_bytes"] == {"all-reduce": 2 * 3 * 4 * outputs}
-    assert adamh["collective_bytes"]["all-reduce"] <= 2 * 5 * 2 * 7 * 4
+    assert adamh["collective_bytes"]["all-reduce"] <= 10 * 2 * 7 * 4
     assert adamh["largest_collective_bytes"] == 4
 
 
@@ -187,7 +189,7 @@ def test_tracing_is_linear_in_the_number_of_arrays(name):
     count_calls(name, few)  # what is cached is cached
     calls = [count_calls(name, arrays) for arrays in (few, more, most)]
     per_array = (calls[1] - calls[0]) / (more - few)
-    assert (calls[2] - calls[1]) / (most - more) == pytest.approx(per_array, rel=0.05)
+    assert 0 < (calls[2] - calls[1]) / (most - more) < 1.05 * per_array
 
 
 # --- discovery --------------------------------------------------------------------------------
@@ -215,18 +217,32 @@ def test_the_spheres_of_the_transformer_are_found_in_portions_too(monkeypatch):
         assert found == declared
 
 
-@pytest.mark.slow
-def test_discovery_needs_at_most_four_copies_of_the_parameters():
-    """Between two widths, so that compiled programs and libraries drop out."""
-    sizes = [(256, 1, 1024), (1280, 1, 16384)]
-    rows = []
-    for size in sizes:
-        row = cases.run({"part": "discovery", **finding.Size(*size)._asdict()})
-        assert "error" not in row
-        assert row["right"]
-        rows.append(row)
-    _, _, copies = table.find_marginal_copies(rows)
-    assert 2 < copies <= 4
+@pytest.mark.parametrize(("entries", "enough"), [(2**18, True), (2**24, False)])
+def test_discovery_needs_at_most_four_copies_of_the_parameters(entries, enough):
+    """By the memory of its programs, in portions that are small beside the model, and in one."""
+    params = transformer.make_params(finding.Size(256, 4, 512), jax.random.key(0))
+    tokens = jnp.arange(32).reshape(8, 4)
+    with jax.numpy_rank_promotion("allow"):
+        function = random_points.Function("test", lambda p: transformer.predict(p, tokens), params)
+    arrays, seed = function.arrays, np.zeros(4, np.uint32)
+
+    def count_copies(fn, *args):
+        """The temporary memory of a program, in copies of the parameters."""
+        with jax.numpy_rank_promotion("allow"):
+            compiled = usual_jit(fn).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / sum(x.nbytes for x in arrays)
+
+    drawing = adding = 0.0
+    for portion in portions.make_portions(arrays, entries):
+        some, factors = arrays[portion], np.ones(len(arrays[portion]), np.float32)
+        dtypes = tuple(x.dtype for x in some)
+        draw = functools.partial(random_points._draw_arrays, dtypes=dtypes)
+        drawing = max(drawing, count_copies(draw, some, seed, factors))
+        adding = max(adding, count_copies(radial_sums._reduce_all, some, some))
+    gradient = count_copies(function.compute_gradient, arrays, seed)
+    # Beside the parameters there are a point and then its gradient, too.
+    peak = max(2 + drawing, 3 + gradient, 3 + adding)
+    assert (peak <= 4) == enough
 
 
 # --- command line, result file ----------------------------------------------------------------
@@ -246,10 +262,8 @@ def test_the_command_writes_its_part_and_keeps_the_others(tmp_path, monkeypatch,
     assert list(content["parts"]) == ["arrays", "discovery"]
     found = content["parts"]["arrays"]
     assert found["command"].startswith("python -m benchmarks.scale --arrays 10 20 --only arrays")
-    assert [(c["optimizer"], c["arrays"]) for c in found["cases"][:2]] == [
-        (REFERENCE, 10),
-        (REFERENCE, 20),
-    ]
+    first, *_, last = [(case["optimizer"], case["arrays"]) for case in found["cases"]]
+    assert (first, last) == ((REFERENCE, 10), (cases.TRACK, 20))
     assert str(tmp_path) not in json.dumps(content)
 
 
@@ -335,9 +349,10 @@ def test_committed_muon(committed):
 
 def test_committed_arrays(committed):
     rows = {(row["optimizer"], row["arrays"]): row for row in committed["arrays"]}
-    for name in (REFERENCE, "so.adamsrt", "so.adamh", "so.track(optax.adamw)"):
-        few, many = (rows[name, n]["trace_seconds"] / n for n in (100, 4000))
-        assert many < 1.5 * few, name
+    for name in (REFERENCE, "so.adamsrt", "so.adamh", cases.TRACK):
+        most = max(arrays for optimizer, arrays in rows if optimizer == name)
+        few, many = (rows[name, n]["trace_seconds"] / n for n in (100, most))
+        assert many < 2 * few, name  # 10 or 40 times if tracing were quadratic
 
 
 def test_committed_discovery(committed):
