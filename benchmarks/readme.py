@@ -27,6 +27,7 @@ from benchmarks.reporting.studies import (
     write_heading,
 )
 from benchmarks.reporting.tables import to_markdown
+from benchmarks.scale import table as scale
 from benchmarks.training.methods import OPTIMIZERS
 from benchmarks.transfer import table as transfer
 
@@ -258,6 +259,31 @@ def write_kernels_of_training(folder: Path = RESULTS) -> Iterator[str]:
     yield to_markdown(kernels.HEADER, kernels.format_rows(content["optimizers"], reference))
 
 
+def write_scale(folder: Path = RESULTS) -> Iterator[str]:
+    content = read_json(folder / "scale.json")
+    environment = content["environment"]
+    parts = {name: part["cases"] for name, part in content["parts"].items()}
+    yield (
+        f"`{content['command']}`; device: {environment['device']}, JAX {environment['jax']}. Memory of "
+        "one device in MiB. Collectives: the arrays that one device gets and their bytes; of the "
+        "largest array KiB, and its ratio to the smallest shard of a matrix or of a stack:"
+    )
+    yield to_markdown(scale.SHARDED.header, scale.format_sharded(parts["sharded"]))
+    yield (
+        "Tracing and compiling a step on one device, in processor seconds, where every array is a "
+        f"matrix on spheres. Per array: the ratio to {scale.BASE} arrays. x: the ratio to "
+        f"`{scale.REFERENCE}`:"
+    )
+    yield to_markdown(scale.ARRAYS.header, scale.format_arrays(parts["arrays"]))
+    yield (
+        "`so.find_spheres` on transformers whose queries and keys are normalised per head, in processor "
+        "seconds. The peak is what the process holds beyond its memory before the parameters, and in "
+        "copies of the parameters:"
+    )
+    yield to_markdown(scale.DISCOVERY.header, scale.format_discovery(parts["discovery"]))
+    yield scale.write_marginal_copies(parts["discovery"])
+
+
 def write_precision(folder: Path = RESULTS) -> Iterator[str]:
     cpu = read_json(precision.CPU)
     measured = [read_json(path) for path in list_gpu_results("precision", folder)]
@@ -306,6 +332,7 @@ PAGES: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
         "speed": write_speed,
         "kernels": write_kernels,
         "kernels of training": write_kernels_of_training,
+        "scale": write_scale,
         "precision": write_precision,
         "gpu": write_gpu,
     },

@@ -50,6 +50,19 @@ def test_what_is_not_cut(shape, axes):
     assert compiler_hints._find_cut(shape, axes) is None
 
 
+def test_arrays_of_one_shape_are_traced_once(monkeypatch):
+    shape, axes, traced = (1024, 96), (0,), []  # a shape that no other test has
+
+    def sum_in_two_stages(x, *options, original=compiler_hints._sum_in_two_stages):
+        traced.append(x.shape)
+        return original(x, *options)
+
+    monkeypatch.setattr(compiler_hints, "_sum_in_two_stages", sum_in_two_stages)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 3
+    jax.make_jaxpr(lambda xs: list(map(sum_of(shape, axes), xs)))(arrays)
+    assert traced == [shape]
+
+
 @pytest.mark.parametrize(("platform", "sums"), [("cpu", 1), ("cuda", 2), ("tpu", 1)])
 def test_only_for_gpus(platform, sums):
     shape, axes, _ = CUT["few outputs"]

@@ -4,6 +4,7 @@ Every hint names the version of JAX, the figure for which it is here, and the te
 A test also fails when the compiler no longer needs the hint: then the hint goes.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -60,9 +61,16 @@ def sum_axes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     cut = _find_cut(x.shape, axes) if isinstance(x, Tracer) else None
     if cut is None:
         return jnp.sum(x, axis=axes, keepdims=True)
+    return _sum_by_platform(x, axes, *cut)
+
+
+# Jitted, so that arrays of one shape are traced once: tracing a step of AdamSRT on 1,000 of them takes
+# 2.9 s of processor time in place of 6.5 s (JAX 0.10).
+@functools.partial(jax.jit, static_argnames=("axes", "axis", "parts"), inline=True)
+def _sum_by_platform(x: jax.Array, axes: tuple[int, ...], axis: int, parts: int) -> jax.Array:
     return jax.lax.platform_dependent(
         x,
-        cuda=lambda x: _sum_in_two_stages(x, axes, *cut),
+        cuda=lambda x: _sum_in_two_stages(x, axes, axis, parts),
         default=lambda x: jnp.sum(x, axis=axes, keepdims=True),
     )
 

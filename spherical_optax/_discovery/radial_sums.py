@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax._core.array_groups import ArrayGroups
+from spherical_optax._discovery.portions import make_portions
 from spherical_optax._discovery.splits import make_split
 
 # The device sums over axes of at least this length; a sum over a shorter one is as large as the array.
@@ -89,8 +90,11 @@ class RadialSums:
 
 
 def make_radial_sums(xs: Sequence[jax.Array], gs: Sequence[jax.Array]) -> list[RadialSums]:
-    """The `RadialSums` of all arrays, from one program."""
-    reduced = _reduce_all(list(xs), list(gs))
+    """The `RadialSums` of all arrays, from one program for each portion."""
+    reduced: list[tuple[jax.Array, SumsOverOneAxis]] = []
+    for portion in make_portions(xs):
+        found = _reduce_all(list(xs[portion]), list(gs[portion]))
+        reduced += jax.block_until_ready(found)  # so that no two portions are summed at once
     return [RadialSums(x, g, *sums) for x, g, sums in zip(xs, gs, reduced, strict=True)]
 
 

@@ -17,6 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from spherical_optax._core.array_groups import reshard_like
 from spherical_optax._core.paths import leaves_with_paths
 from spherical_optax._core.safe_math import upcast
+from spherical_optax._discovery.portions import make_portions
 from spherical_optax._discovery.splits import count_long_axes
 
 Seed = Any  # four numbers of the dtype uint32
@@ -96,7 +97,16 @@ class Function:
     def draw_point(self, seed: Seed, factors: Sequence[float] | None = None) -> list[jax.Array]:
         """Random parameters near the given ones, times a factor for each array."""
         factors = [1.0] * len(self.arrays) if factors is None else factors
-        return _draw_arrays(self.arrays, seed, np.asarray(factors, np.float32), tuple(self._dtypes))
+        drawn: list[jax.Array] = []
+        for number, portion in enumerate(make_portions(self.arrays)):
+            found = _draw_arrays(
+                self.arrays[portion],
+                _derive_seed(seed, number),
+                np.asarray(factors[portion], np.float32),
+                tuple(self._dtypes[portion]),
+            )
+            drawn += jax.block_until_ready(found)  # so that no two portions are drawn at once
+        return drawn
 
     def _compute_gradient(self, point: list[jax.Array], seed: Seed) -> list[jax.Array]:
         def contract_all(x: list[jax.Array]) -> jax.Array:
@@ -124,6 +134,13 @@ def make_seeds(who: str, key: Any, shape: tuple[int, ...]) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="shape")
 def _draw_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(key, shape, jnp.uint32)
+
+
+def _derive_seed(seed: Seed, number: int) -> Seed:
+    """A seed for every portion; the first one, often the only one, has the seed itself."""
+    if number == 0:
+        return seed
+    return np.random.default_rng([*seed, number]).integers(2**32, size=4, dtype=np.uint32)
 
 
 def split_seed(seed: Seed, n: int) -> jax.Array:
