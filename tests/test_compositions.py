@@ -36,11 +36,11 @@ def _made(line, rate):
     return tx if rate is None else optax.chain(tx, optax.scale_by_learning_rate(rate))
 
 
-def _run(tx, sphere=None):
-    x = random_tree(0, {"a": (6, 4), "b": (3, 3, 2, 5)})
+def _run(tx, sphere=None, dtype=jnp.float32):
+    x = random_tree(0, {"a": (6, 4), "b": (3, 3, 2, 5)}, dtype)
     state, update = tx.init(x), jax.jit(tx.update)
     for seed in (1, 2, 3):
-        g = random_tree(seed, {"a": (6, 4), "b": (3, 3, 2, 5)})
+        g = random_tree(seed, {"a": (6, 4), "b": (3, 3, 2, 5)}, dtype)
         g = g if sphere is None else so.geometry.project(x, g, sphere)
         updates, state = update(g, state, x)
         x = optax.apply_updates(x, updates)
@@ -76,4 +76,37 @@ def test_same(name):
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6),
         actual,
         _run(expected, sphere),
+    )
+
+
+def _chain_of_adamg():
+    a = so.ema(0.9, FILTERS, transport=True)
+    b = so.rms(0.999, spheres=FILTERS, reduce="sum")
+    rate = optax.scale_by_learning_rate(0.1)
+    return optax.chain(so.quotient(a, b), rate, so.retract(FILTERS, 1.0))
+
+
+def _chain_of_hyperball(radius):
+    rate = optax.scale_by_learning_rate(0.1)
+    inner, last = optax.scale_by_adam(), so.retract(FILTERS, radius)
+    return optax.chain(inner, so.normalize(FILTERS), rate, last)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("tx", "chain"),
+    [
+        (so.adamg(0.1, FILTERS), _chain_of_adamg()),
+        *(
+            (so.hyperball(optax.scale_by_adam(), 0.1, FILTERS, r), _chain_of_hyperball(r))
+            for r in ("current", "initial", 2.0)
+        ),
+    ],
+    ids=["adamg", "current", "initial", "a number"],
+)
+def test_the_same_as_the_chain(tx, chain):
+    """They sum over old arrays alone, where the chain sums over x + q; the numbers are the chain's."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14),
+        *(_run(made, dtype=jnp.float64) for made in (tx, chain)),
     )
