@@ -271,18 +271,63 @@ def test_weight_decay_is_for_the_rest():
         np.testing.assert_allclose(actual["bias"], difference, rtol=1e-5)
 
 
-def test_a_step_that_nearly_reaches_the_origin():
-    """||x + q||^2 has few digits there: an error of eps <x, x> / <y, y>. The next step has all."""
+@pytest.mark.parametrize("radius", ["current", "initial", 1.0])
+@pytest.mark.parametrize("rate", [0.9, 0.99, 0.9999, 1.0, 1.0001])
+def test_steps_that_nearly_reach_the_origin(rate, radius):
+    """||x + q||^2 from inner products has few digits there. Where it has none, the group stays."""
     x = _normal(0, 50, 4)
-    radius = so.geometry.norm(x, FILTERS)
-    tx = so.hyperball(optax.identity(), 0.9, FILTERS, "initial")
-    updates, state = tx.update(x, tx.init(x), x)  # y = x - 0.9 x
-    y = optax.apply_updates(x, updates)
-    eps = jnp.finfo(jnp.float32).eps
-    np.testing.assert_allclose(so.geometry.norm(y, FILTERS), radius, rtol=4 * eps / 0.1**2)
-    updates, state = tx.update(_normal(1, 50, 4), state, y)
-    y = optax.apply_updates(y, updates)
-    np.testing.assert_allclose(so.geometry.norm(y, FILTERS), radius, rtol=4 * eps)
+    tx = so.hyperball(optax.identity(), rate, FILTERS, radius)
+    state, update = tx.init(x), jax.jit(tx.update)
+    wanted = so.geometry.norm(x, FILTERS) if isinstance(radius, str) else radius
+    for seed in range(5):
+        updates, state = update(x + 1e-3 * _normal(seed, 50, 4), state, x)  # towards the origin
+        x = optax.apply_updates(x, updates)
+        np.testing.assert_allclose(so.geometry.norm(x, FILTERS), wanted, rtol=2e-4)
+
+
+SPIKES = {
+    "adamg": so.adamg(0.1, FILTERS),
+    "adamg_star": so.adamg_star(0.1, FILTERS),
+    "hyperball": so.hyperball(optax.identity(), 0.1, FILTERS, 1.0),
+    "trace": so.hyperball(optax.trace(0.9), 0.1, FILTERS, 1.0),
+    "ema": so.hyperball(so.ema(0.9, FILTERS, transport=True), 0.1, FILTERS, 1.0),
+}
+
+
+@pytest.mark.parametrize("spike", [1e-22, 1e-15, 1e18, 1e19, 1e20, 1e22])
+@pytest.mark.parametrize("tx", SPIKES.values(), ids=SPIKES)
+def test_a_gradient_whose_square_is_no_number(tx, spike):
+    """One such gradient, of a loss scale for example, leaves the weights on their sphere."""
+    x, scale = so.geometry.direction(_normal(0, 16, 3), FILTERS), jnp.array([[1.0, spike, 1.0]])
+    state, update = tx.init(x), jax.jit(tx.update)
+    for seed in range(5):
+        g = _normal(1 + seed, 16, 3)
+        updates, state = update(g * scale if seed == 1 else g, state, x)
+        x = optax.apply_updates(x, updates)
+        np.testing.assert_allclose(so.geometry.norm(x, FILTERS), 1.0, rtol=1e-6)
+
+
+def test_tiny_weights_and_gradients():
+    x, g = 1e-15 * _normal(0, 16, 3), 1e-22 * _normal(1, 16, 3)
+    for tx in (so.adamg(0.1, FILTERS), so.adamg_star(0.1, FILTERS)):
+        state, y = tx.init(x), x
+        for _ in range(4):
+            updates, state = tx.update(g, state, y)
+            y = optax.apply_updates(y, updates)
+            np.testing.assert_allclose(so.geometry.norm(y, FILTERS), 1.0, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64", "standard_promotion")
+@pytest.mark.parametrize("mu_dtype", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 0.9, 2.0])
+def test_a_narrow_momentum_of_adamg(rate, mu_dtype):
+    x = so.geometry.direction(_normal(0, 16, 3, dtype=float), FILTERS)
+    tx = so.adamg(rate, FILTERS, mu_dtype=mu_dtype)
+    state, update = tx.init(x), jax.jit(tx.update)
+    for seed in range(30):
+        updates, state = update(_normal(seed, 16, 3, dtype=float), state, x)
+        x = optax.apply_updates(x, updates)
+        np.testing.assert_allclose(so.geometry.norm(x, FILTERS), 1.0, rtol=1e-13)
 
 
 def test_a_state_of_another_length():

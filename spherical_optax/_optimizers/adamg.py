@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from spherical_optax._core.arguments import require_params, require_parts
@@ -86,7 +87,11 @@ def adamg(
         groups = match_updates(spheres, g, x).with_tangent_space()
         groups.require_moment("the momentum", m)
         names = a.inner_products | b.inner_products | {"gm"}
-        products = compute_inner_products(names, groups, g=g, x=x, m=m)
+        # A narrower momentum is summed in the precision of x, which the radius has.
+        wide = jax.tree.map(
+            lambda m, x: m.astype(jnp.promote_types(m.dtype, jnp.result_type(x))), m, x
+        )
+        products = compute_inner_products(names, groups, g=g, x=x, m=wide)
         top, a_state = a.average(g, quotient_state.a, x, products, groups)
         bottom, b_state = b.average(g, quotient_state.b, x, products, groups)
         factors = groups.map_per_group(
