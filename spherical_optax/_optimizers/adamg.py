@@ -88,9 +88,7 @@ def adamg(
         groups.require_moment("the momentum", m)
         names = a.inner_products | b.inner_products | {"gm"}
         # A narrower momentum is summed in the precision of x, which the radius has.
-        wide = jax.tree.map(
-            lambda m, x: m.astype(jnp.promote_types(m.dtype, jnp.result_type(x))), m, x
-        )
+        wide = jax.tree.map(_widen_like, m, x)
         products = compute_inner_products(names, groups, g=g, x=x, m=wide)
         top, a_state = a.average(g, quotient_state.a, x, products, groups)
         bottom, b_state = b.average(g, quotient_state.b, x, products, groups)
@@ -114,3 +112,8 @@ def adamg(
         return steps, (decay_state, QuotientState(a_state, b_state), rate_state, retract_state)
 
     return optax.GradientTransformationExtraArgs(init, with_open_boxes(update))
+
+
+def _widen_like(m: jax.Array, x: jax.Array) -> jax.Array:
+    dtype = jnp.result_type(x)
+    return m if m.dtype.itemsize >= dtype.itemsize else m.astype(dtype)
