@@ -40,6 +40,8 @@ def adamg(
     m <- b1 Gamma(m) + (1 - b1) grad,  v <- b2 v + (1 - b2) ||grad||^2
 
     Gamma is the parallel transport of m from the last point to this one; v is not divided by d.
+    A group stays where it is if ||y|| is lost to rounding: less than about 3 % of ||x|| in float32, or
+    squares out of range.
 
     Args:
       learning_rate: eta, a number or a schedule: the step in radians, and therefore larger than Adam's.

@@ -37,7 +37,8 @@ def adamg_star(
     y = u - eta* grad / sqrt(v),  u <- y / ||y||,  v <- beta v + ||grad||^2
     beta = (1 - eta lambda)^4,  eta* = (2 beta)^(-1/2),  v_0 = r_0^4 / (2 eta^2 beta^(1/2))
 
-    The second line is Theorem 4, with r_0 the radius at the first step.
+    The second line is Theorem 4, with r_0 the radius at the first step. A group stays where it is if
+    ||y|| is lost to rounding, as in `adamg`.
 
     Args:
       learning_rate: eta of the SGD that it mirrors, a number or a schedule.

@@ -44,7 +44,8 @@ def hyperball(
 
     A tangential q turns every group by arctan(eta) in every step, whatever its gradient and radius. No
     q turns it by more than arcsin(eta), except for the rounding of low precision. Weight decay has no
-    effect on these spheres.
+    effect on these spheres. A group stays where it is if the length of x - eta R n(q) is lost to
+    rounding: less than about 3 % of x in float32, or squares out of range.
 
     Args:
       inner: transformation that yields the direction, such as `optax.scale_by_adam()`,
