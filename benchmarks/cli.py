@@ -49,6 +49,11 @@ def write_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> list
     return words
 
 
+def write_command(command: str, args: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
+    """The command with the options that have another value than their default."""
+    return " ".join([command, *write_options(args, defaults), "--out FOLDER"])
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     help_text = "of the activations; parameters and optimizer state stay in float32"
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=help_text)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from benchmarks.cli import Parser, add_dtype, at_least, write_options
+from benchmarks.cli import Parser, add_dtype, at_least, write_command
 from benchmarks.language import grid
 from benchmarks.language.findings import Outcome, describe
 from benchmarks.language.methods import METHODS, Cell, Spheres
@@ -116,15 +116,9 @@ def read_sizes(args: Namespace, corpus: Corpus) -> Sizes:
     return Sizes(args.width, args.layers, args.heads, args.context, characters, args.dtype)
 
 
-def write_command(args: Namespace) -> str:
-    """The command with the options that are not the defaults."""
-    words = write_options(args, DEFAULTS)
-    return " ".join(["python -m benchmarks.language", *words, "--out FOLDER"])
-
-
 def to_json(args: Namespace, corpus: Corpus, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
-        "command": write_command(args),
+        "command": write_command("python -m benchmarks.language", args, DEFAULTS),
         "environment": report.describe_environment(),
         "text": {
             "training_characters": len(corpus.training),

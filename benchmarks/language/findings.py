@@ -9,7 +9,7 @@ from benchmarks.language.grid import Search
 from benchmarks.language.methods import METHODS, REFERENCE, Cell
 from benchmarks.language.training import GROUPS, Record
 from benchmarks.reporting.differences import compare_all, write_pairs
-from benchmarks.reporting.intervals import Estimate, compute_std, estimate_mean
+from benchmarks.reporting.intervals import compute_std, estimate_mean
 from benchmarks.reporting.report import round_all
 
 
@@ -94,8 +94,9 @@ def write_against_reference(losses: Mapping[str, np.ndarray]) -> list[str]:
         f"Higher than {label}": [name for name, estimate in told.items() if estimate.mean > 0],
         f"Not told apart from {label}": [name for name in others if name not in told],
     }
+    written = {name: f"{get_label(name)} ({x.write(3, '+')})" for name, x in found.items()}
     texts = [
-        f"{words}: {', '.join(f'{get_label(name)} ({write_estimate(found[name])})' for name in names)}."
+        f"{words}: {', '.join(written[name] for name in names)}."
         for words, names in groups.items()
         if names
     ]
@@ -110,12 +111,6 @@ def write_edges(outcomes: Sequence[Outcome]) -> str:
         return "No decay was chosen at the edge."
     words = "The largest decay was chosen, so that a better one may lie outside, for"
     return f"{words} {', '.join(map(get_label, names))}."
-
-
-def write_estimate(estimate: Estimate) -> str:
-    # A single seed has no interval.
-    width = "" if np.isnan(estimate.halfwidth) else f" ± {estimate.halfwidth:.3f}"
-    return f"{estimate.mean:+.3f}{width}"
 
 
 def get_label(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cli import Parser, at_least, write_options
+from benchmarks.cli import Parser, at_least, write_command
 from benchmarks.plasticity import grid
 from benchmarks.plasticity.findings import Outcome, describe
 from benchmarks.plasticity.methods import METHODS, Cell
@@ -93,15 +93,10 @@ def run(args: Namespace, chosen: dict[str, Cell]) -> dict[str, Outcome]:
     return outcomes
 
 
-def write_command(args: Namespace) -> str:
-    """The command with the options that are not those of the full form."""
-    words = ["python -m benchmarks.plasticity", *(["--small"] if args.small else [])]
-    return " ".join([*words, *write_options(args, FULL), "--out FOLDER"])
-
-
 def to_json(args: Namespace, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    command = "python -m benchmarks.plasticity" + (" --small" if args.small else "")
     return {
-        "command": write_command(args),
+        "command": write_command(command, args, FULL),
         "environment": report.describe_environment(),
         "tasks": args.tasks,
         "steps_per_task": args.steps,

@@ -18,6 +18,12 @@ class Estimate(NamedTuple):
     def excludes_zero(self) -> bool:
         return abs(self.mean) > self.halfwidth  # False if that is NaN
 
+    def write(self, digits: int, sign: str = "") -> str:
+        """The mean, with `sign` "+" with that of a positive one too, and its interval."""
+        # A single seed has no interval.
+        width = "" if math.isnan(self.halfwidth) else f" ± {self.halfwidth:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{width}"
+
 
 def estimate_mean(values: np.ndarray, intervals: int = 1) -> Estimate:
     """The mean over the seeds, one value per seed.

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cli import Parser, at_least, write_options
+from benchmarks.cli import Parser, at_least, write_command
 from benchmarks.reporting import report, tables
 from benchmarks.reporting.progress import show_progress
 from benchmarks.training.flat_digits import BATCH_SIZE
@@ -79,15 +79,9 @@ def run(args: Namespace) -> list[Outcome]:
     return outcomes
 
 
-def write_command(args: Namespace) -> str:
-    """The command with the options that are not the defaults."""
-    words = write_options(args, DEFAULTS)
-    return " ".join(["python -m benchmarks.transfer", *words, "--out FOLDER"])
-
-
 def to_json(args: Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
-        "command": write_command(args),
+        "command": write_command("python -m benchmarks.transfer", args, DEFAULTS),
         "environment": report.describe_environment(),
         "widths": args.widths,
         "steps": args.steps,

@@ -108,7 +108,7 @@ def write_movement(outcome: Outcome) -> str:
     narrowest, *_, widest = outcome.widths
     factor = write_factor(to_factor(outcome.penalty))
     return (
-        f"{label}: {movement}; log2 of it changes by {write_estimate(slope)} per doubling, and the best "
+        f"{label}: {movement}; log2 of it changes by {slope.write(2)} per doubling, and the best "
         f"rate of width {narrowest} multiplies the loss at width {widest} by {factor}."
     )
 
@@ -124,12 +124,6 @@ def write_edges(outcomes: Sequence[Outcome]) -> str:
         return "No seed has its best rate at the edge of the grid."
     words = "The best rate of a seed at the edge of the grid, so that a better one may lie outside"
     return f"{words}: {'; '.join(found)}."
-
-
-def write_estimate(estimate: Estimate) -> str:
-    # A single seed has no interval.
-    width = "" if math.isnan(estimate.halfwidth) else f" ± {estimate.halfwidth:.2f}"
-    return f"{estimate.mean:.2f}{width}"
 
 
 def write_factor(factor: Mapping[str, float]) -> str:

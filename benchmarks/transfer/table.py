@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.reporting.intervals import Estimate
-from benchmarks.transfer.findings import write_estimate, write_factor
+from benchmarks.transfer.findings import write_factor
 
 PENALTY_HEADER = ("method", "narrow rate", "wide rate", "ratio of the losses")
 Methods = Mapping[str, Mapping[str, Any]]  # as in the result file
@@ -60,7 +60,7 @@ def list_widths(methods: Methods) -> list[str]:
 
 
 def format_estimate(estimate: Mapping[str, float | None] | None) -> str:
-    return write_estimate(Estimate(**replace_none(estimate))) if estimate else "-"
+    return Estimate(**replace_none(estimate)).write(2) if estimate else "-"
 
 
 def format_factor(factor: Mapping[str, float | None]) -> str:

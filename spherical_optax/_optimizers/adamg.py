@@ -69,12 +69,13 @@ def adamg(
     decay = add_decay_off_spheres(spheres, weight_decay)
     a = Ema(decay=b1, spheres=spheres, transport=True, accumulator_dtype=mu_dtype)
     b = Rms(decay=b2, eps=eps, spheres=spheres, reduce="sum")
+    block = Quotient(a, b)
     rate, retraction = scale_by_learning_rate(learning_rate), Retraction(spheres, 1.0)
 
     def init(params):
         return (
             decay.init(params),
-            Quotient(a, b).init(params),
+            block.init(params),
             rate.init(params),
             retraction.init(params),
         )
@@ -84,14 +85,13 @@ def adamg(
         del extra_args
         decay_state, quotient_state, rate_state, retract_state = require_parts("adamg", state, 4)
         x = require_params(params)
-        m, kept = a.get_momentum(quotient_state.a), quotient_state.a.kept
+        m = block.get_momentum(quotient_state)
         g, decay_state = decay.update(updates, decay_state, x)
         groups = match_updates(spheres, g, x).with_tangent_space()
         groups.require_moment("the momentum", m)
-        names = a.inner_products | b.inner_products | {"gm"}
         # A narrower momentum is summed in the precision of x, which the radius has.
         wide = jax.tree.map(_widen_like, m, x)
-        products = compute_inner_products(names, groups, g=g, x=x, m=wide)
+        products = compute_inner_products(block.inner_products | {"gm"}, groups, g=g, x=x, m=wide)
         top, a_state = a.average(g, quotient_state.a, x, products, groups)
         bottom, b_state = b.average(g, quotient_state.b, x, products, groups)
         factors = groups.map_per_group(
@@ -102,7 +102,7 @@ def adamg(
             off=lambda _, m, b: None if m is None else divide_arrays(m, b),
         )
         factors, rate_state = rate.update(factors, rate_state)
-        products = a.momentum.follow_products(m, kept, products, groups)
+        products = a.momentum.follow_products(m, quotient_state.a.kept, products, groups)
         along = InnerProducts(
             gg=correct_bias(correct_bias(products.mm, b1, a_state.count), b1, a_state.count),
             gx=correct_bias(products.mx, b1, a_state.count),

@@ -155,10 +155,11 @@ class Retraction:
           groups: how the leaves split.
         """
         xx, ax, aa = products.xx, products.gx, products.gg
-        c = groups.map_per_group(_drop_lost_step, c, xx, ax, aa, off=lambda c, *_: c)
-        yy = groups.map_per_group(
-            lambda c, xx, ax, aa: jnp.where(c == 0, xx, expand_square(xx, ax, aa, c)),
-            *(c, xx, ax, aa),
+        yy = groups.map_per_group(expand_square, xx, ax, aa, c)
+        lost = groups.map_per_group(_is_lost, yy, xx, aa, c)
+        yy = groups.map_per_group(jnp.where, lost, xx, yy)
+        c = groups.map_per_group(
+            lambda c, lost: jnp.where(lost, jnp.zeros_like(c), c), c, lost, off=lambda c, _: c
         )
         q = groups.map_arrays(lambda a, c: c * upcast(a), a, c, off=lambda _, q: q)
         return self.update(q, state, params, groups, xx, yy)
@@ -197,16 +198,14 @@ class Retraction:
         return r + part * (y - r)
 
 
-def _drop_lost_step(c: OfGroups, xx: OfGroups, ax: OfGroups, aa: OfGroups) -> OfGroups:
-    """c, or 0 where ||x + c a||^2 is lost: squares overflow or underflow, or x and c a cancel.
+def _is_lost(yy: OfGroups, xx: OfGroups, aa: OfGroups, c: OfGroups) -> Any:
+    """Whether there is no step, or yy = ||x + c a||^2 is lost to overflow, underflow or cancellation.
 
     The rounding of the expansion is a few eps (<x, x> + c^2 <a, a>). A result of 10^4 times that, in
     float32 a y of 3 % of x, gives the radius to 1e-4.
     """
-    yy = expand_square(xx, ax, aa, c)
     rounding = float(jnp.finfo(yy.dtype).eps) * (xx + c * c * aa)
-    lost = jnp.isinf(aa) | is_zero(aa) | jnp.isinf(yy) | (yy < 1e4 * rounding)
-    return jnp.where(lost, jnp.zeros_like(c), c)
+    return (c == 0) | jnp.isinf(aa) | is_zero(aa) | jnp.isinf(yy) | (yy < 1e4 * rounding)
 
 
 def _is_part(part: Any) -> bool:
